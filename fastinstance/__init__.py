@@ -1,0 +1,45 @@
+"""Instance-level segmentation losses without a loop over instances.
+
+Losses are modules, `loss(logits, target)`; `fastinstance.functional` has the same without state. Importing this package
+touches no GPU and imports neither MONAI nor kornia.
+"""
+
+from . import functional
+from .checks import debug_checks
+from .functional import BlobTerms, InstanceTerms, label
+from .losses import (
+    BlobLoss,
+    DiceCELoss,
+    DiceLoss,
+    FalseLoss,
+    FocalLoss,
+    GeneralizedDiceFocalLoss,
+    GeneralizedDiceLoss,
+    ICILoss,
+    InstanceLoss,
+    InverseWeightedDiceLoss,
+    ProximityLoss,
+    TverskyLoss,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlobLoss",
+    "BlobTerms",
+    "DiceCELoss",
+    "DiceLoss",
+    "FalseLoss",
+    "FocalLoss",
+    "GeneralizedDiceFocalLoss",
+    "GeneralizedDiceLoss",
+    "ICILoss",
+    "InstanceLoss",
+    "InstanceTerms",
+    "InverseWeightedDiceLoss",
+    "ProximityLoss",
+    "TverskyLoss",
+    "debug_checks",
+    "functional",
+    "label",
+]

@@ -1,0 +1,230 @@
+"""What every loss checks before any work: settings, shapes, dtypes, devices, and values where reading them is free.
+
+Each message says which argument, what was expected, what came, and what to do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CONNECTIVITIES",
+    "check_activation",
+    "check_choice",
+    "check_connectivity",
+    "check_images",
+    "check_mask",
+    "check_per_axis",
+    "check_probabilities",
+    "check_size",
+    "check_threshold",
+    "check_values",
+    "debug_checks",
+    "reads_values",
+]
+
+CONNECTIVITIES = {2: (4, 8), 3: (6, 18, 26)}  # by number of axes; the last one is full connectivity, the default
+MAX_ID = 2**31 - 1
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_debug = False
+
+
+def debug_checks(enabled: bool = True) -> None:
+    """Check values on a GPU too (binary targets, probabilities in [0, 1], ids), which reads them back and waits.
+
+    On the CPU these checks are always on.
+    """
+    global _debug
+    _debug = bool(enabled)
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Whether the values of `tensor` may be read by a check: on the CPU, or with `debug_checks(True)`."""
+    return tensor.device.type == "cpu" or _debug
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"expected {name} to be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_threshold(threshold: float) -> None:
+    if not 0 < threshold < 1:
+        raise ValueError(f"expected threshold strictly between 0 and 1, got {threshold}")
+
+
+def check_size(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"expected {name} to be an integer >= 0 (a number of pixels), got {value!r}")
+
+
+def check_activation(*, sigmoid: bool, softmax: bool, other_act: object) -> None:
+    if other_act is not None and not callable(other_act):
+        raise TypeError(f"expected other_act to be callable or None, got {type(other_act).__name__}")
+    if bool(sigmoid) + bool(softmax) + (other_act is not None) > 1:
+        raise ValueError(
+            f"incompatible values: expected at most one of sigmoid, softmax and other_act, "
+            f"got sigmoid={sigmoid}, softmax={softmax}, other_act={other_act}"
+        )
+
+
+def check_connectivity(connectivity: int | None, axes: int) -> int:
+    """The connectivity to use for images of `axes` axes; None stands for full connectivity."""
+    choices = CONNECTIVITIES[axes]
+    if connectivity is None:
+        return choices[-1]
+    if connectivity not in choices:
+        raise ValueError(f"expected connectivity in {choices} or None for {axes}D images, got {connectivity!r}")
+    return connectivity
+
+
+def check_per_axis(name: str, value: object, axes: int, *, integer: bool) -> tuple[float, ...]:
+    """One positive number for each axis, from one number or a sequence of them."""
+    kind = "integer" if integer else "number"
+    expected = f"expected {name} to be a positive {kind} or {axes} of them (one per axis)"
+    try:
+        values = tuple(value) if isinstance(value, Sequence | torch.Size) else (value,) * axes
+        good = len(values) == axes and all(math.isfinite(v) and v > 0 and (not integer or v == int(v)) for v in values)
+    except TypeError:
+        good = False
+    if not good or isinstance(value, str | bool):
+        raise ValueError(f"{expected}, got {value!r}")
+    return tuple(int(v) if integer else float(v) for v in values)
+
+
+def check_mask(mask: Tensor) -> None:
+    """Rank and kind of the mask of `label`."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"expected mask to be a tensor, got {type(mask).__name__}")
+    if mask.is_complex():
+        raise TypeError(f"expected mask of a real dtype, got {mask.dtype}")
+    if mask.ndim not in (4, 5):
+        raise ValueError(f"expected mask [B,C,H,W] or [B,C,D,H,W], got {_shape(mask)}; add the missing axes")
+
+
+def _check_tensor(name: str, value: object, like: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected {name} to be a tensor, got {type(value).__name__}")
+    if value.device != like.device:
+        raise ValueError(f"expected {name} on the device of input, {like.device}, got {value.device}; move one of them")
+    if value.is_complex():
+        raise TypeError(f"expected {name} of a real dtype, got {value.dtype}")
+
+
+def check_images(
+    input: Tensor,
+    target: Tensor,
+    target_labels: Tensor | None,
+    valid_mask: Tensor | None,
+    *,
+    include_background: bool,
+    to_onehot_y: bool,
+    softmax: bool,
+) -> None:
+    """Shapes, dtypes and devices of the tensors of one call; reads no value."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"expected input to be a tensor, got {type(input).__name__}")
+    if input.dtype not in _FLOATS:
+        raise TypeError(f"expected input of a floating dtype, got {input.dtype}; convert it with input.float()")
+    if input.ndim not in (4, 5):
+        raise ValueError(f"expected input [B,C,H,W] or [B,C,D,H,W], got {_shape(input)}; add the missing axes")
+    if input.numel() == 0:
+        raise ValueError(f"expected input with at least one pixel, got {_shape(input)}; skip empty batches")
+    _check_tensor("target", target, input)
+    batch, channels, *size = input.shape
+    if target.shape not in {(batch, 1, *size), (batch, channels, *size)}:
+        hint = "; add a channel axis with target[:, None]" if target.shape == (batch, *size) else ""
+        raise ValueError(f"expected target [B,1,*S] or [B,C,*S] for input {_shape(input)}, got {_shape(target)}{hint}")
+    if channels == 1:
+        for name, wrong in (
+            ("softmax=True", softmax),
+            ("to_onehot_y=True", to_onehot_y),
+            ("include_background=False", not include_background),
+        ):
+            if wrong:
+                raise ValueError(f"expected at least two channels with {name}, got input {_shape(input)}; leave it out")
+    if to_onehot_y and target.shape[1] != 1:
+        raise ValueError(
+            f"expected target [B,1,*S] of class indices with to_onehot_y=True, got {_shape(target)}; "
+            "a one-hot target needs to_onehot_y=False"
+        )
+    if target_labels is not None:
+        _check_tensor("target_labels", target_labels, input)
+        if target_labels.shape != input.shape:
+            raise ValueError(
+                f"expected target_labels [B,C,*S] = {_shape(input)} like input, got {_shape(target_labels)}"
+            )
+        if target_labels.is_floating_point() or target_labels.dtype == torch.bool:
+            raise TypeError(
+                f"expected target_labels of an integer dtype, got {target_labels.dtype}; instance ids are integers"
+            )
+    if valid_mask is not None:
+        _check_tensor("valid_mask", valid_mask, input)
+        if valid_mask.shape != (batch, 1, *size):
+            raise ValueError(
+                f"expected valid_mask [B,1,*S] = {(batch, 1, *size)} for input {_shape(input)}, "
+                f"got {_shape(valid_mask)}; one mask serves all channels"
+            )
+
+
+def _not_binary(tensor: Tensor) -> bool:
+    if tensor.dtype == torch.bool:
+        return False
+    return bool(((tensor != 0) & (tensor != 1)).any())
+
+
+def check_values(
+    target: Tensor, target_labels: Tensor | None, valid_mask: Tensor | None, *, channels: int, to_onehot_y: bool
+) -> None:
+    """Binary targets and masks, class indices in range, ids in range and in agreement with the target."""
+    if valid_mask is not None and _not_binary(valid_mask):
+        raise ValueError("expected valid_mask to hold only 0 and 1, got other values; use mask > 0")
+    if to_onehot_y:
+        low, high = (bound.item() for bound in target.aminmax())
+        if not (low >= 0 and high < channels and bool((target == target.long()).all())):
+            raise ValueError(
+                f"expected target to hold class indices 0 to {channels - 1} with to_onehot_y=True, "
+                f"got values from {low} to {high}"
+            )
+    elif _not_binary(target):
+        raise ValueError(
+            "expected target to hold only 0 and 1, got other values; use target > 0 for a mask, "
+            "to_onehot_y=True for class indices, target_labels= for instance ids"
+        )
+    if target_labels is None:
+        return
+    low, high = (bound.item() for bound in target_labels.aminmax())
+    if low < 0 or high > MAX_ID:
+        raise ValueError(
+            f"expected target_labels between 0 and {MAX_ID}, got values from {low} to {high}; "
+            "0 is background, ids need not be consecutive"
+        )
+    truth = target > 0
+    if to_onehot_y:
+        truth = target == torch.arange(channels, device=target.device).view(1, -1, *[1] * (target.ndim - 2))
+    differs = (target_labels > 0) != truth
+    if valid_mask is not None:
+        differs &= valid_mask > 0
+    if differs.any():
+        raise ValueError(
+            f"expected target_labels > 0 exactly where target is 1, got {int(differs.sum())} pixels that differ; "
+            "pass target = target_labels > 0"
+        )
+
+
+def check_probabilities(low: float, high: float) -> None:
+    """`low` and `high` are the extremes of what should be probabilities (NaN if any is NaN)."""
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"expected input to hold probabilities in [0, 1], got values from {low:.6g} to {high:.6g}; "
+            "set sigmoid=True or softmax=True for logits"
+        )

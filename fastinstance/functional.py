@@ -1,0 +1,487 @@
+"""Stateless losses: checks, planes, partition, sums, terms.
+
+The arguments that all functions share are described in `instance_terms`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import terms as tm
+from .checks import (
+    check_activation,
+    check_choice,
+    check_connectivity,
+    check_images,
+    check_mask,
+    check_per_axis,
+    check_probabilities,
+    check_size,
+    check_threshold,
+    check_values,
+    reads_values,
+)
+from .ops import DenseSums, InstanceSums, instance_sums, label_planes
+from .partition import Partition, partition
+from .pixel import InverseWeightedDice, SeparableLoss, Sums, resolve
+from .planes import Planes, to_planes
+from .terms import BlobTerms, InstanceTerms
+
+__all__ = ["BlobTerms", "InstanceTerms", "blob_terms", "instance_terms", "label", "pixel_loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings of a loss, checked; the fields are the keyword arguments of `instance_terms`."""
+
+    pixel_loss: object = "gdf"
+    instance_loss: object = "dice"
+    center_loss: object = "dice"
+    average: str = "instance"
+    include_background: bool = True
+    to_onehot_y: bool = False
+    sigmoid: bool = False
+    softmax: bool = False
+    other_act: Callable[[Tensor], Tensor] | None = None
+    threshold: float = 0.5
+    connectivity: int | None = None
+    center_size: int | Sequence[int] = 3
+    min_size: int = 0
+    spacing: float | Sequence[float] | None = None
+    pred_normalizer: str = "pred"
+    reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        check_activation(sigmoid=self.sigmoid, softmax=self.softmax, other_act=self.other_act)
+        check_choice("average", self.average, ("instance", "image"))
+        check_choice("pred_normalizer", self.pred_normalizer, ("pred", "gt"))
+        check_choice("reduction", self.reduction, ("mean", "sum", "none"))
+        check_threshold(self.threshold)
+        check_size("min_size", self.min_size)
+        for name in ("pixel_loss", "instance_loss", "center_loss"):
+            self._check_nested(name)
+
+    def _check_nested(self, name: str) -> None:
+        """A module given as a pixel loss must not bring an activation of its own that differs from ours."""
+        loss = getattr(self, name)
+        resolve(loss, name)
+        inner = getattr(loss, "settings", None)
+        if isinstance(inner, Settings):
+            for option in ("sigmoid", "softmax", "other_act"):
+                if getattr(inner, option) and getattr(inner, option) != getattr(self, option):
+                    raise ValueError(
+                        f"expected {name} without an activation of its own, got {option}={getattr(inner, option)}; "
+                        f"set {option} on the outer loss only"
+                    )
+
+    @property
+    def pixel(self) -> SeparableLoss:
+        return resolve(self.pixel_loss, "pixel_loss")
+
+    @property
+    def instance(self) -> SeparableLoss:
+        return resolve(self.instance_loss, "instance_loss")
+
+    @property
+    def center(self) -> SeparableLoss:
+        return resolve(self.center_loss, "center_loss")
+
+
+class _Scene:
+    """One checked call: planes, partition and sums, shared by all terms."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        input: Tensor,
+        target: Tensor,
+        target_labels: Tensor | None,
+        valid_mask: Tensor | None,
+    ) -> None:
+        self.settings = settings
+        check_images(
+            input,
+            target,
+            target_labels,
+            valid_mask,
+            include_background=settings.include_background,
+            to_onehot_y=settings.to_onehot_y,
+            softmax=settings.softmax,
+        )
+        axes = input.ndim - 2
+        self.connectivity = check_connectivity(settings.connectivity, axes)
+        self.center_size = check_per_axis("center_size", settings.center_size, axes, integer=True)
+        spacing = 1.0 if settings.spacing is None else settings.spacing
+        self.spacing = check_per_axis("spacing", spacing, axes, integer=False)
+        if reads_values(target):
+            check_values(target, target_labels, valid_mask, channels=input.shape[1], to_onehot_y=settings.to_onehot_y)
+        self.planes = to_planes(
+            input,
+            target,
+            include_background=settings.include_background,
+            to_onehot_y=settings.to_onehot_y,
+            sigmoid=settings.sigmoid,
+            softmax=settings.softmax,
+            other_act=settings.other_act,
+            threshold=settings.threshold,
+            target_labels=target_labels,
+            valid_mask=valid_mask,
+        )
+        self.poison = _poison(self.planes)
+
+    def partition(self, predicted: bool) -> Partition:
+        return partition(
+            self.planes.target,
+            self.planes.predicted if predicted else None,
+            labels=self.planes.labels,
+            connectivity=self.connectivity,
+            min_size=self.settings.min_size,
+        )
+
+    def dense_request(self) -> DenseSums:
+        loss, planes = self.settings.pixel, self.planes
+        return DenseSums(planes.target.flatten(1), loss.squared, loss.pointwise, planes.categorical)
+
+    def spoil(self, values: Tensor, plane: Tensor | None = None) -> Tensor:
+        """Values per plane, or per row of `plane`, NaN where the input of the plane is not finite."""
+        if self.poison is None:
+            return values
+        return values * (self.poison if plane is None else self.poison[plane])
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Values per plane -> what the caller gets."""
+        return self.finish(tm.reduce_planes(values, self.settings.reduction))
+
+    def finish(self, value: Tensor) -> Tensor:
+        planes = self.planes
+        value = value.to(planes.values.dtype)
+        return value.view(planes.batch, planes.channels) if self.settings.reduction == "none" else value
+
+    def seg(self, whole: Tensor, part: Partition | None, raw_instances: Tensor | None) -> Tensor:
+        """The pixel term from the sums of each plane and, for the inverse-weighted Dice, of each instance."""
+        planes, loss = self.planes, self.settings.pixel
+        number = planes.target.flatten(1).sum(1).double()
+        sums = Sums(whole[:, 0], whole[:, 1], number, whole[:, 2])
+        if isinstance(loss, InverseWeightedDice) and part is not None and raw_instances is not None:
+            value = tm.inverse_weighted_dice(loss, raw_instances, sums, part.raw_target, planes.omega)
+        else:
+            shape = (planes.batch, planes.channels)
+            image = Sums(*(column.view(shape) for column in sums))
+            value = loss.reduce_channels(image, planes.omega.view(shape), categorical=planes.categorical).flatten()
+        return self.reduce(self.spoil(value))
+
+
+def _poison(planes: Planes) -> Tensor | None:
+    """1 for planes of finite values and NaN, in value and derivative, for others; None if all are finite.
+
+    Labels turn NaN into background, so without this a NaN would vanish from every instance term.
+    """
+    values = planes.values
+    if reads_values(values):
+        low, high = (bound.item() for bound in values.detach().aminmax())
+        if not planes.logits:
+            check_probabilities(low, high)
+        if math.isfinite(low) and math.isfinite(high):
+            return None
+    finite = values.detach().isfinite().all(1, keepdim=True)
+    factor = torch.zeros_like(finite, dtype=values.dtype).masked_fill(~finite, math.nan)
+    return 1 + (values * factor).nan_to_num(nan=math.nan, posinf=0, neginf=0).sum(1).double()
+
+
+def _rows(part: Partition) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
+    """Table rows of the listed pixels: 2·id + (the other side is there), for either side."""
+    t, q = part.target.label, part.pred.label
+    return (2 * t + (q > 0), 2 * (part.target.real + 1)), (2 * q + (t > 0), 2 * (part.pred.real + 1))
+
+
+def _by_instance(table: Tensor) -> Tensor:
+    """[2·(K + 1), …] -> [K, 2, …], without the background."""
+    return table.view(-1, 2, *table.shape[1:])[1:]
+
+
+def evaluate(
+    settings: Settings,
+    wanted: Collection[str],
+    input: Tensor,
+    target: Tensor,
+    target_labels: Tensor | None = None,
+    valid_mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The wanted terms of `InstanceTerms` by name; what nobody wants is not computed."""
+    scene = _Scene(settings, input, target, target_labels, valid_mask)
+    planes, loss = scene.planes, settings.instance
+    by_instance = any(name != "seg" for name in wanted)
+    weighted = "seg" in wanted and isinstance(settings.pixel, InverseWeightedDice)
+    part = scene.partition(predicted=by_instance) if by_instance or weighted else None
+    request, areas = None, []
+    if part is not None:
+        tables = list(_rows(part)) if by_instance else []
+        areas = [_by_instance(torch.bincount(rows, minlength=n).double()) for rows, n in tables]
+        if weighted:
+            tables.append((part.raw_target.label, part.raw_target.real + 1))
+        own = not {"instance_gt", "instance_pred", "proximity"}.isdisjoint(wanted)
+        request = InstanceSums(
+            part.pixels,
+            part.target.label > 0,
+            own and loss.squared,
+            loss.pointwise if own else None,
+            tuple(tables),
+        )
+    dense = (scene.dense_request(),) if "seg" in wanted else ()
+    whole, tables = instance_sums(planes.values, planes.logits, dense, request)
+
+    result: dict[str, Tensor] = {}
+    if "seg" in wanted:
+        result["seg"] = scene.seg(whole[0], part, tables[-1][1:, 0] if weighted else None)
+    if part is None or not by_instance:
+        return result
+
+    features = tm.Features(_by_instance(tables[0]), _by_instance(tables[1]), *areas)
+    truth, pred = part.target, part.pred
+    if not {"instance_gt", "instance_pred", "proximity"}.isdisjoint(wanted):
+        loss_gt, loss_pred = tm.instance_entries(part, features, planes.omega, loss)
+        loss_gt, loss_pred = scene.spoil(loss_gt, truth.plane), scene.spoil(loss_pred, pred.plane)
+        how = {"average": settings.average, "reduction": settings.reduction}
+        if "instance_gt" in wanted:
+            result["instance_gt"] = scene.finish(tm.average(loss_gt, truth, truth.entries, **how))
+        if "instance_pred" in wanted:
+            entries = pred.entries if settings.pred_normalizer == "pred" else truth.entries
+            result["instance_pred"] = scene.finish(tm.average(loss_pred, pred, entries, **how))
+        if "proximity" in wanted:
+            result["proximity"] = scene.reduce(tm.proximity(part, loss_gt, loss_pred, scene.spacing))
+    if "center" in wanted:
+        sums = tm.center_sums(part, features, planes.valid, scene.center_size, settings.center)
+        result["center"] = scene.reduce(scene.spoil(settings.center.reduce(sums, planes.omega)))
+    if not {"false_gt", "false_pred"}.isdisjoint(wanted):
+        for name, rate in zip(("false_gt", "false_pred"), tm.false_rates(part, features), strict=True):
+            result[name] = scene.reduce(scene.spoil(rate))
+    return result
+
+
+def instance_terms(
+    input: Tensor,
+    target: Tensor,
+    *,
+    pixel_loss: object = "gdf",
+    instance_loss: object = "dice",
+    center_loss: object = "dice",
+    average: str = "instance",
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    threshold: float = 0.5,
+    connectivity: int | None = None,
+    center_size: int | Sequence[int] = 3,
+    min_size: int = 0,
+    spacing: float | Sequence[float] | None = None,
+    pred_normalizer: str = "pred",
+    reduction: str = "mean",
+    target_labels: Tensor | None = None,
+    valid_mask: Tensor | None = None,
+) -> InstanceTerms:
+    """All terms of the instance loss family (Rachmadi, Byra, Skibbe 2024, Eqs. 2 to 10), from one pass.
+
+    Args:
+        input: `[B, C, H, W]` or `[B, C, D, H, W]`, float16, bfloat16, float32 or float64. Logits with `sigmoid` or
+            `softmax`, anything with `other_act`, else probabilities. Each class of each image is a plane of its own.
+        target: `[B, C, *S]` or `[B, 1, *S]`, binary of any dtype; class indices `[B, 1, *S]` with `to_onehot_y`.
+        pixel_loss: of the whole image (`seg`): a name ("dice", "ce", "dicece", "generalized_dice", "focal", "gdf",
+            "tversky", "inverse_weighted_dice") or a pixel loss of this library.
+        instance_loss: of one instance, likewise.
+        center_loss: of the centre maps, likewise.
+        average: "instance" averages `instance_gt` and `instance_pred` over all instances of the batch; "image" per
+            plane, then over planes. The other terms are always averaged per plane, then over planes.
+        include_background: False drops channel 0 after the activation.
+        to_onehot_y: the target holds class indices.
+        sigmoid: the input holds logits of independent classes.
+        softmax: the input holds logits of exclusive classes.
+        other_act: maps the input to probabilities.
+        threshold: a pixel is predicted where its probability is at least this.
+        connectivity: of the components, 4 or 8 in 2D, 6, 18 or 26 in 3D; None is full connectivity.
+        center_size: side in pixels of the box that stands for an instance in the centre maps, for all or each axis.
+        min_size: components with fewer pixels count as background in all instance terms.
+        spacing: size of a pixel, for all or each axis, for the boxes of `proximity`; the unit cancels.
+        pred_normalizer: "pred" averages `instance_pred` over predicted instances; "gt" divides the sum by the number of
+            ground-truth instances, as Eq. 3 is printed.
+        reduction: "mean"; "none" for values per plane `[B, C]`; "sum" for their sum.
+        target_labels: `[B, C, *S]` integer ids of ground-truth instances, 0 = background, which may touch and need
+            not be consecutive; None takes the connected components of the target.
+        valid_mask: `[B, 1, *S]`, 1 where a pixel counts (partial annotation, ignore label).
+
+    Returns:
+        The terms, float64 for float64 input and float32 otherwise. Instance and proximity terms have their exact
+        derivative with labels held fixed; false rates and centre a straight-through one. A NaN or Inf in the input
+        makes all terms NaN. There is no second derivative: asking for one raises RuntimeError.
+
+    Raises:
+        ValueError: shapes, devices, names or values that do not fit (values are checked on the CPU, and on a GPU
+            with `fastinstance.debug_checks(True)`).
+        TypeError: wrong dtypes or kinds of arguments.
+    """
+    settings = Settings(
+        pixel_loss=pixel_loss,
+        instance_loss=instance_loss,
+        center_loss=center_loss,
+        average=average,
+        include_background=include_background,
+        to_onehot_y=to_onehot_y,
+        sigmoid=sigmoid,
+        softmax=softmax,
+        other_act=other_act,
+        threshold=threshold,
+        connectivity=connectivity,
+        center_size=center_size,
+        min_size=min_size,
+        spacing=spacing,
+        pred_normalizer=pred_normalizer,
+        reduction=reduction,
+    )
+    found = evaluate(settings, InstanceTerms._fields, input, target, target_labels, valid_mask)
+    return InstanceTerms(**found)
+
+
+def pixel_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    pixel_loss: object = "gdf",
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    connectivity: int | None = None,
+    reduction: str = "mean",
+    target_labels: Tensor | None = None,
+    valid_mask: Tensor | None = None,
+) -> Tensor:
+    """A pixel loss on its own: the `seg` term of `instance_terms`, whose arguments these are.
+
+    Ground-truth instances (`connectivity`, `target_labels`) only matter to the inverse-weighted Dice loss.
+    """
+    settings = Settings(
+        pixel_loss=pixel_loss,
+        include_background=include_background,
+        to_onehot_y=to_onehot_y,
+        sigmoid=sigmoid,
+        softmax=softmax,
+        other_act=other_act,
+        connectivity=connectivity,
+        reduction=reduction,
+    )
+    return evaluate(settings, ("seg",), input, target, target_labels, valid_mask)["seg"]
+
+
+def evaluate_blob(
+    settings: Settings,
+    input: Tensor,
+    target: Tensor,
+    target_labels: Tensor | None = None,
+    valid_mask: Tensor | None = None,
+) -> BlobTerms:
+    scene = _Scene(settings, input, target, target_labels, valid_mask)
+    planes, loss = scene.planes, settings.instance
+    part = scene.partition(predicted=False)
+    truth, raw = part.target, part.raw_target
+    weighted = isinstance(settings.pixel, InverseWeightedDice)
+
+    seg_sums = scene.dense_request()
+    outside_sums = DenseSums(seg_sums.target, loss.squared, loss.pointwise)
+    if truth is not raw:
+        mask = torch.zeros_like(seg_sums.target)
+        mask.view(-1)[part.pixels[truth.label > 0]] = True
+        outside_sums = outside_sums._replace(target=mask)
+    shared = truth is raw and outside_sums[1:] == seg_sums[1:]
+    request = InstanceSums(
+        part.pixels,
+        truth.label > 0,
+        loss.squared,
+        loss.pointwise,
+        ((truth.label, truth.real + 1), (raw.label, raw.real + 1))[: 1 + weighted],
+    )
+    whole, tables = instance_sums(
+        planes.values, planes.logits, (seg_sums,) if shared else (seg_sums, outside_sums), request
+    )
+    seg = scene.seg(whole[0], part, tables[-1][1:, 0] if weighted else None)
+
+    values = tm.blob_entries(tables[0][1:], whole[-1], truth, planes.omega, loss)
+    per_plane = scene.spoil(tm.plane_mean(values, truth, truth.per_plane))
+    if settings.reduction == "mean":  # over the planes that have an instance
+        return BlobTerms(seg, scene.finish(per_plane.sum() / (truth.per_plane > 0).sum().clamp(min=1)))
+    return BlobTerms(seg, scene.reduce(per_plane))
+
+
+def blob_terms(
+    input: Tensor,
+    target: Tensor,
+    *,
+    pixel_loss: object = "gdf",
+    instance_loss: object = None,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    connectivity: int | None = None,
+    min_size: int = 0,
+    reduction: str = "mean",
+    target_labels: Tensor | None = None,
+    valid_mask: Tensor | None = None,
+) -> BlobTerms:
+    """Blob loss (Kofler et al. 2023): the pixel loss, and its mean over ground-truth instances.
+
+    Each instance is compared with the prediction outside of all other instances, so every false positive counts for
+    every instance. The mean is over the instances of a plane, then over the planes that have one.
+
+    Args:
+        instance_loss: of one instance; None takes `pixel_loss`.
+
+    The other arguments, the result's dtype and the errors are those of `instance_terms`.
+    """
+    settings = Settings(
+        pixel_loss=pixel_loss,
+        instance_loss=pixel_loss if instance_loss is None else instance_loss,
+        include_background=include_background,
+        to_onehot_y=to_onehot_y,
+        sigmoid=sigmoid,
+        softmax=softmax,
+        other_act=other_act,
+        connectivity=connectivity,
+        min_size=min_size,
+        reduction=reduction,
+    )
+    return evaluate_blob(settings, input, target, target_labels, valid_mask)
+
+
+def label(mask: Tensor, *, connectivity: int | None = None, min_size: int = 0) -> tuple[Tensor, Tensor]:
+    """Connected components of every plane of a mask.
+
+    Args:
+        mask: `[B, C, H, W]` or `[B, C, D, H, W]` of any real dtype; foreground is where it is neither 0 nor NaN.
+        connectivity: 4 or 8 in 2D, 6, 18 or 26 in 3D; None is full connectivity.
+        min_size: components with fewer pixels become background.
+
+    Returns:
+        labels: int32 like `mask`, 0 = background, ids 1..K in each plane in raster order of the first pixels.
+        counts: int32 `[B, C]`, the K of each plane.
+
+    Raises:
+        ValueError: a mask of another rank, a connectivity that does not fit it, a negative `min_size`.
+        TypeError: a mask that is no tensor or complex.
+    """
+    check_mask(mask)
+    check_size("min_size", min_size)
+    connectivity = check_connectivity(connectivity, mask.ndim - 2)
+    planes = mask.detach().flatten(0, 1)
+    foreground = planes != 0
+    if planes.is_floating_point():
+        foreground &= ~planes.isnan()
+    labels, counts = label_planes(foreground, connectivity, min_size)
+    return labels.view(mask.shape), counts.view(mask.shape[:2])

@@ -1,0 +1,184 @@
+"""Both labelled sides of all planes as tables: instances, their pixels, overlapping pairs, boxes and centroids.
+
+Instances of one side are numbered 0, 1, … over all planes, plane by plane and by id within a plane. A plane without
+an instance on a side has one *artificial* instance there (section 2.1.4 of the paper); these follow the real ones.
+Pairs link instances that share a pixel; an artificial instance is linked to all the other side has in its plane, so
+that every sum over linked instances is right for it too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .ops import label_planes
+
+__all__ = ["Partition", "Side", "partition"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """The instances of one side; K real ones, then one artificial one for each plane without any."""
+
+    label: Tensor  # [F] int64, row + 1 of the instance that each listed pixel belongs to, 0 = background
+    count: Tensor  # [K] int64 pixels
+    per_plane: Tensor  # [planes] int64, real instances
+    plane: Tensor  # [K + artificial] int64
+
+    @property
+    def real(self) -> int:
+        return len(self.count)
+
+    @property
+    def rows(self) -> int:
+        return len(self.plane)
+
+    @cached_property
+    def entries(self) -> Tensor:
+        """[planes] int64, instances with the artificial one."""
+        return self.per_plane.clamp(min=1)
+
+    @cached_property
+    def artificial(self) -> Tensor:
+        """[planes] int64 row of the plane's artificial instance, -1 where there is none."""
+        rows = self.plane.new_full(self.per_plane.shape, -1)
+        rows[self.plane[self.real :]] = torch.arange(self.real, self.rows, device=rows.device)
+        return rows
+
+    @cached_property
+    def padded_count(self) -> Tensor:
+        """[K + artificial] float64 pixels; an artificial instance has none."""
+        return torch.cat([self.count, self.count.new_zeros(self.rows - self.real)]).double()
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Ground truth and prediction of all planes, seen through the F pixels that belong to an instance of either."""
+
+    size: tuple[int, ...]
+    pixels: Tensor  # [F] int64, ascending indices into the flattened planes
+    target: Side
+    pred: Side
+    raw_target: Side  # the ground truth before `min_size`
+    pairs: tuple[Tensor, Tensor]  # [A] int64 each: rows of target and of pred that share a pixel
+    linked: tuple[Tensor, Tensor] = field(repr=False)  # pairs, then the links of artificial instances
+
+    @cached_property
+    def coordinates(self) -> tuple[Tensor, ...]:
+        """[F] int64 of each axis."""
+        rest = self.pixels % math.prod(self.size)
+        axes = []
+        for length in reversed(self.size):
+            axes.append(rest % length)
+            rest = rest // length
+        return tuple(reversed(axes))
+
+    def boxes(self, side: Side) -> tuple[Tensor, Tensor]:
+        """Tight boxes [lower, upper) of all rows of a side, two float64 tensors [K + artificial, axes].
+
+        The box of an artificial instance is [c - 1, c + 2) about c = floor(size / 2), not clipped.
+        """
+        lower = torch.empty((side.rows, len(self.size)), dtype=torch.float64, device=self.pixels.device)
+        upper = torch.empty_like(lower)
+        for axis, (length, position) in enumerate(zip(self.size, self.coordinates, strict=True)):
+            low = position.new_full((side.real + 1,), length).scatter_reduce_(0, side.label, position, "amin")
+            high = position.new_zeros(side.real + 1).scatter_reduce_(0, side.label, position, "amax")
+            lower[: side.real, axis], upper[: side.real, axis] = low[1:], high[1:] + 1
+            lower[side.real :, axis], upper[side.real :, axis] = length // 2 - 1, length // 2 + 2
+        return lower, upper
+
+    def centroids(self, side: Side) -> Tensor:
+        """Pixel nearest to the centroid, floor((2Σx + n) / 2n) in integers; int64 [K, axes]."""
+        sums = [
+            side.count.new_zeros(side.real + 1).index_add_(0, side.label, position)[1:] for position in self.coordinates
+        ]
+        twice = 2 * side.count[:, None]
+        return (2 * torch.stack(sums, 1) + side.count[:, None]) // twice
+
+
+def _unique(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted distinct keys and where each key is among them; neighbours are often equal, so those merge first."""
+    runs, run_of = torch.unique_consecutive(keys, return_inverse=True)
+    distinct, position = torch.unique(runs, return_inverse=True)
+    return distinct, position[run_of]
+
+
+def _side(label: Tensor, per_plane: Tensor, min_size: int) -> Side:
+    """Side of the listed pixels' labels (dense over all planes), without components smaller than `min_size`."""
+    planes = torch.arange(len(per_plane), device=label.device)
+    plane = planes.repeat_interleave(per_plane)
+    count = torch.bincount(label, minlength=len(plane) + 1)[1:]
+    if min_size > 1:
+        kept = count >= min_size
+        label = torch.cat([label.new_zeros(1), kept.cumsum(0) * kept])[label]
+        count, plane = count[kept], plane[kept]
+        per_plane = torch.bincount(plane, minlength=len(per_plane))
+    return Side(label, count, per_plane, torch.cat([plane, planes[per_plane == 0]]))
+
+
+def _given(labels: Tensor, pixels: Tensor, plane: Tensor) -> tuple[Tensor, Tensor]:
+    """Dense labels of the listed pixels and instances per plane, from given ids [planes, P]."""
+    ids = labels.view(-1)[pixels]
+    distinct, position = _unique((plane << 32) + ids)
+    real = (distinct & 0xFFFFFFFF) > 0
+    per_plane = torch.bincount((distinct >> 32)[real], minlength=len(labels))
+    return (real.cumsum(0) * real)[position], per_plane
+
+
+def _links(target: Side, pred: Side, pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    to_target = target.artificial[pred.plane[: pred.real]]  # [M] artificial partner of each predicted instance
+    to_pred = pred.artificial[target.plane[: target.real]]  # [N]
+    (alone_pred,) = torch.where(to_target >= 0)
+    (alone_target,) = torch.where(to_pred >= 0)
+    return (
+        torch.cat([pairs[0], to_target[alone_pred], alone_target]),
+        torch.cat([pairs[1], alone_pred, to_pred[alone_target]]),
+    )
+
+
+def partition(
+    target: Tensor,
+    predicted: Tensor | None,
+    *,
+    labels: Tensor | None = None,
+    connectivity: int,
+    min_size: int = 0,
+) -> Partition:
+    """Label both sides and build the tables.
+
+    Args:
+        target: bool `[planes, *S]`.
+        predicted: bool `[planes, *S]`, or None where only the ground truth is of interest.
+        labels: int64 `[planes, *S]`, given ground-truth ids (0 = background) in place of the components of `target`.
+        connectivity: of the components.
+        min_size: components with fewer pixels become background.
+    """
+    size = target.shape[1:]
+    pixels_per_plane = math.prod(size)
+    foreground = target if predicted is None else target | predicted
+    pixels = foreground.view(-1).nonzero().squeeze(1)
+    plane = pixels // max(pixels_per_plane, 1)
+
+    def computed(mask: Tensor) -> tuple[Tensor, Tensor]:
+        ids, counts = label_planes(mask, connectivity, 0)
+        counts = counts.long()
+        label = ids.view(-1)[pixels].long()
+        return torch.where(label > 0, label + (counts.cumsum(0) - counts)[plane], 0), counts
+
+    label, per_plane = computed(target) if labels is None else _given(labels, pixels, plane)
+    raw = _side(label, per_plane, 0)
+    truth = raw if min_size <= 1 else _side(label, per_plane, min_size)
+    if predicted is None:
+        nothing = torch.zeros_like(label), torch.zeros_like(per_plane)
+        pred = _side(*nothing, 0)
+    else:
+        pred = _side(*computed(predicted), min_size)
+
+    shared = (truth.label > 0) & (pred.label > 0)
+    keys, _ = _unique((truth.label[shared] - 1) * max(pred.real, 1) + pred.label[shared] - 1)
+    pairs = keys // max(pred.real, 1), keys % max(pred.real, 1)
+    return Partition(tuple(size), pixels, truth, pred, raw, pairs, _links(truth, pred, pairs))

@@ -1,0 +1,109 @@
+"""Activation, one-hot, background, valid mask: images [B, C, *S] -> B·C independent planes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Planes", "to_planes"]
+
+# Logit of a pixel that is not valid: its probability, cost and slopes are exactly 0 in every dtype.
+_IMPOSSIBLE = -1e4
+
+
+@dataclass(frozen=True)
+class Planes:
+    """B·C planes of the P pixels of a grid S, in raster order."""
+
+    values: Tensor  # [B·C, P] float32 or float64: logits, or probabilities; carries the gradient
+    logits: bool
+    categorical: bool  # the channels of an image are one softmax distribution
+    predicted: Tensor  # [B·C, *S] bool: probability >= threshold
+    target: Tensor  # [B·C, *S] bool
+    labels: Tensor | None  # [B·C, *S] int64 given ground-truth ids, 0 = background
+    valid: Tensor | None  # [B·C, *S] bool
+    omega: Tensor  # [B·C] float64, number of valid pixels
+    batch: int
+    channels: int
+    size: tuple[int, ...]  # S
+
+
+def _one_against_rest(logits: Tensor) -> Tensor:
+    """Softmax logits z -> binary logits u_c = z_c - log Σ_{j≠c} exp z_j, so that σ(u_c) = softmax(z)_c.
+
+    The sum that leaves out c comes from a running sum from either side: exact where 1 - p would cancel.
+    """
+    edge = torch.full_like(logits[:, :1], -math.inf)
+    before = torch.cat([edge, logits.logcumsumexp(1)[:, :-1]], 1)
+    after = torch.cat([logits.flip(1).logcumsumexp(1).flip(1)[:, 1:], edge], 1)
+    return logits - torch.logaddexp(before, after)
+
+
+def to_planes(
+    input: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool,
+    to_onehot_y: bool,
+    sigmoid: bool,
+    softmax: bool,
+    other_act: Callable[[Tensor], Tensor] | None,
+    threshold: float,
+    target_labels: Tensor | None,
+    valid_mask: Tensor | None,
+) -> Planes:
+    """Bring checked images [B, C, *S] into planes; the arguments are those of `functional.instance_terms`."""
+    batch, channels, *size = input.shape
+    wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+    if valid_mask is not None:
+        valid_mask = valid_mask > 0
+        wide = wide.where(valid_mask, wide.new_zeros(()))  # what an invalid pixel holds, even NaN, stays out
+    if sigmoid:
+        values, predicted = wide, wide >= math.log(threshold / (1 - threshold))
+    elif softmax:
+        values, predicted = _one_against_rest(wide), wide.detach().softmax(1) >= threshold
+    else:
+        values = wide if other_act is None else other_act(wide)
+        predicted = values >= threshold
+
+    if target_labels is not None:
+        truth = target_labels > 0
+    elif to_onehot_y:
+        classes = torch.arange(channels, device=target.device).view(1, -1, *[1] * len(size))
+        truth = target == classes
+    else:
+        truth = (target if target.dtype == torch.bool else target > 0).expand(-1, channels, *size)
+
+    if not include_background:
+        channels -= 1
+        values, predicted, truth = values[:, 1:], predicted[:, 1:], truth[:, 1:]
+        target_labels = None if target_labels is None else target_labels[:, 1:]
+
+    shape = (batch * channels, *size)
+    logits = sigmoid or softmax
+    labels = None if target_labels is None else target_labels.to(torch.int64).reshape(shape)
+    valid = None
+    omega = torch.full((batch * channels,), math.prod(size), dtype=torch.float64, device=input.device)
+    if valid_mask is not None:
+        valid = valid_mask.expand(-1, channels, *size)
+        values = values.where(valid, values.new_tensor(_IMPOSSIBLE if logits else 0.0))
+        predicted, truth, valid = (mask.logical_and(valid).reshape(shape) for mask in (predicted, truth, valid))
+        labels = None if labels is None else labels * valid
+        omega = valid.flatten(1).sum(1, dtype=torch.float64)
+    return Planes(
+        values=values.reshape(batch * channels, math.prod(size)),
+        logits=logits,
+        categorical=softmax,
+        predicted=predicted.reshape(shape),
+        target=truth.reshape(shape),
+        labels=labels,
+        valid=valid,
+        omega=omega,
+        batch=batch,
+        channels=channels,
+        size=tuple(size),
+    )

@@ -1,0 +1,329 @@
+"""The terms of the loss family on tables, one function per equation of Rachmadi, Byra, Skibbe (2024).
+
+The tables have one row per instance of either side; `Features` are the sums over pixels that carry the gradient. All of
+it is ordinary differentiable torch on small float64 tensors: what touches pixels is in `ops`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .partition import Partition, Side
+from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums, cost_of
+
+__all__ = [
+    "BlobTerms",
+    "Features",
+    "InstanceTerms",
+    "average",
+    "blob_entries",
+    "center_sums",
+    "false_rates",
+    "instance_entries",
+    "inverse_weighted_dice",
+    "plane_mean",
+    "proximity",
+]
+
+_PAIR_BLOCK = 1 << 17  # pairs of boxes compared at once: the temporaries stay in cache
+
+
+class InstanceTerms(NamedTuple):
+    """The terms of Eq. 11, each a scalar, or `[B, C]` for `reduction="none"`."""
+
+    seg: Tensor
+    instance_gt: Tensor
+    instance_pred: Tensor
+    center: Tensor
+    false_gt: Tensor
+    false_pred: Tensor
+    proximity: Tensor
+
+
+class BlobTerms(NamedTuple):
+    """The two parts of blob loss, each a scalar, or `[B, C]` for `reduction="none"`."""
+
+    seg: Tensor
+    blob: Tensor
+
+
+class Features(NamedTuple):
+    """Sums of Σp, then Σp² for a `squared` loss, then Σv for a pointwise one; float64, last axis the columns."""
+
+    target: Tensor  # [N, 2, columns]: pixels of n where nothing is predicted, and where something is
+    pred: Tensor  # [M, 2, columns]: pixels of m outside and inside the ground truth
+    target_area: Tensor  # [N, 2] float64 pixels of the same parts
+    pred_area: Tensor  # [M, 2]
+
+
+def _pad(table: Tensor, rows: int) -> Tensor:
+    """Zero rows for the artificial instances, which have no pixels."""
+    return torch.cat([table, table.new_zeros((rows - len(table), *table.shape[1:]))])
+
+
+def _gather_sum(source: Tensor, source_row: Tensor, row: Tensor, rows: int) -> Tensor:
+    """For each row, the sum of the linked rows of `source`."""
+    return source.new_zeros((rows, *source.shape[1:])).index_add(0, row, source[source_row])
+
+
+def _sums(loss: SeparableLoss, inside: Tensor, outside: Tensor, target: Tensor, missed: Tensor) -> Sums:
+    """Sums of a masked pair from the columns inside and outside of the target and the missed pixels' number."""
+    total = inside + outside
+    pointwise = total.new_zeros(len(total))
+    if loss.pointwise is not None:
+        pointwise = total[:, -1] + missed * loss.pointwise.missed
+    return Sums(inside[:, 0], total[:, 1 if loss.squared else 0], target, pointwise)
+
+
+def _matched(part: Partition, features: Features, loss: SeparableLoss) -> tuple[Sums, Sums]:
+    """Sums of the masked pairs of Eqs. 2 and 3, for every row (with the artificial ones) of either side."""
+    truth, pred = part.target, part.pred
+    n, m = part.linked
+    outside = _pad(features.pred[:, 0], pred.rows)
+    hit = _pad(features.target[:, 1], truth.rows)
+    missed = _pad(features.target_area[:, 0], truth.rows)
+    gt_side = _sums(loss, hit, _gather_sum(outside, m, n, truth.rows), truth.padded_count, missed)
+    inside = _pad(features.pred[:, 1], pred.rows)
+    union = _gather_sum(truth.padded_count, n, m, pred.rows)
+    missed = union - _pad(features.pred_area[:, 1], pred.rows)
+    return gt_side, _sums(loss, inside, outside, union, missed)
+
+
+def instance_entries(part: Partition, features: Features, omega: Tensor, loss: SeparableLoss) -> tuple[Tensor, Tensor]:
+    """Eqs. 2 and 3: the loss of every ground-truth and every predicted instance.
+
+    The ground-truth side sees the components that touch instance n, without what lies on other instances; the
+    predicted side sees component m and all ground-truth instances that it touches. An empty side has one artificial
+    entry: ℓ(p on the predicted mask, 0), or ℓ(0, y).
+
+    Returns:
+        float64 `[N + artificial]` and `[M + artificial]`.
+    """
+    gt_side, pred_side = _matched(part, features, loss)
+    return loss.reduce(gt_side, omega[part.target.plane]), loss.reduce(pred_side, omega[part.pred.plane])
+
+
+def plane_mean(values: Tensor, side: Side, entries: Tensor) -> Tensor:
+    """Sum of the rows of each plane, divided by `entries` of that plane; `[planes]`."""
+    total = values.new_zeros(len(entries)).index_add(0, side.plane[: len(values)], values)
+    return total / entries.clamp(min=1)
+
+
+def average(values: Tensor, side: Side, entries: Tensor, *, average: str, reduction: str) -> Tensor:
+    """Average one value per instance (section 7 of the README's definitions).
+
+    Args:
+        values: one value per row of `side`.
+        side: that says to which plane a row belongs.
+        entries: `[planes]` denominators, the number of instances of each plane.
+        average: "instance", over all instances of the batch, or "image", first per plane and then over planes.
+        reduction: "mean"; "none" for per-plane means `[planes]`; "sum" for their sum.
+    """
+    if reduction == "mean" and average == "instance":
+        return values.sum() / entries.sum()
+    return reduce_planes(plane_mean(values, side, entries), reduction)
+
+
+def reduce_planes(values: Tensor, reduction: str) -> Tensor:
+    """Per-plane values -> their mean or sum, or the values themselves."""
+    return {"mean": values.mean, "sum": values.sum, "none": lambda: values}[reduction]()
+
+
+def false_rates(part: Partition, features: Features) -> tuple[Tensor, Tensor]:
+    """Eqs. 5 and 6: the share of missed ground-truth and of false predicted instances, `[planes]` each.
+
+    The floor of the Dice loss in the paper is made exact: an instance counts when it shares no pixel. The derivative is
+    straight-through: that of the mean Dice loss of the same instances, before the floor.
+    """
+    dice = Dice()
+    rates = []
+    for side, sums, partners in zip((part.target, part.pred), _matched(part, features, dice), part.pairs, strict=True):
+        alone = torch.ones(side.real, dtype=torch.float64, device=partners.device)
+        alone[partners] = 0
+        rate = plane_mean(alone, side, side.per_plane)
+        unfloored = dice.reduce(sums, side.padded_count)[: side.real]
+        surrogate = plane_mean(unfloored, side, side.per_plane)
+        rates.append(rate + (surrogate - surrogate.detach()))
+    return rates[0], rates[1]
+
+
+def blob_entries(instances: Tensor, whole: Tensor, target: Side, omega: Tensor, loss: SeparableLoss) -> Tensor:
+    """Blob loss (Kofler et al. 2023): each ground-truth instance against all but the other instances; float64 `[N]`.
+
+    Args:
+        instances: `[N, columns]` columns of each instance.
+        whole: `[planes, 3]` Σ P·G, Σ P^k and Σ v of each plane, with the ground truth as G.
+        target: the ground-truth side.
+        omega: `[planes]` pixels.
+        loss: of one instance.
+    """
+    plane = target.plane[: target.real]
+    mine = torch.stack([instances[:, 1 if loss.squared else 0], instances[:, -1]], 1)  # Σ P^k, Σ v
+    foreground = mine.new_zeros((len(omega), 2)).index_add(0, plane, mine)
+    pred, pointwise = (mine + (whole[:, 1:] - foreground)[plane]).unbind(1)
+    return loss.reduce(Sums(instances[:, 0], pred, target.count.double(), pointwise), omega[plane])
+
+
+def inverse_weighted_dice(
+    loss: InverseWeightedDice, instances: Tensor, whole: Sums, target: Side, omega: Tensor
+) -> Tensor:
+    """Inverse-weighted Dice (Shirokikh et al. 2020) of each plane, `[planes]`.
+
+    Args:
+        loss: the smoothing.
+        instances: `[N]` Σp over each ground-truth instance.
+        whole: sums over each plane.
+        target: the ground-truth side.
+        omega: `[planes]` pixels.
+    """
+    plane = target.plane[: target.real]
+    number = target.per_plane.double()
+    inside, _ = loss.weights(target.count.double(), omega[plane], number[plane])
+    _, outside = loss.weights(whole.target, omega, number)
+    intersection = torch.zeros_like(omega).index_add(0, plane, inside * instances)
+    foreground = number * omega / (number + 1)  # Σ w·G: every instance weighs the same
+    rest = outside * (whole.pred - whole.intersection)
+    return loss.ratio(intersection, intersection + foreground + rest)
+
+
+def _windows(part: Partition, side: Side, center_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """All pixels of the boxes about the centroids of a side: flat index and row of each, clipped at the border."""
+    device = part.pixels.device
+    offsets = torch.cartesian_prod(*[torch.arange(s, device=device) - s // 2 for s in center_size])
+    position = part.centroids(side)[:, None] + offsets.view(1, -1, len(center_size))  # [K, window, axes]
+    size = torch.tensor(part.size, device=device)
+    inside = ((position >= 0) & (position < size)).all(-1)
+    flat = side.plane[: side.real, None].expand(inside.shape)
+    for axis, length in enumerate(part.size):
+        flat = flat * length + position[..., axis]
+    row = torch.arange(side.real, device=device)[:, None].expand(inside.shape)
+    return flat[inside], row[inside]
+
+
+def center_sums(
+    part: Partition,
+    features: Features,
+    valid: Tensor | None,
+    center_size: Sequence[int],
+    loss: SeparableLoss,
+) -> Sums:
+    """Eq. 4: sums of the pair of centre maps of each plane, for ℓ_center; tensors `[planes]`.
+
+    Each instance is drawn as a box about its centroid; where boxes overlap the smallest id owns the pixel. The
+    predicted map is 1 on the boxes with the derivative of the mean probability of the component (straight-through), the
+    ground-truth map is 0 or 1.
+    """
+    truth, pred = part.target, part.pred
+    planes, pixels = len(truth.per_plane), math.prod(part.size)
+    drawn = torch.zeros(planes * pixels, dtype=torch.bool, device=part.pixels.device)
+    drawn[_windows(part, truth, center_size)[0]] = True
+    if valid is not None:
+        drawn &= valid.view(-1)
+
+    flat, row = _windows(part, pred, center_size)
+    owner = torch.empty(planes * pixels, dtype=torch.int64, device=flat.device)  # only read where written
+    owner[flat] = pred.real
+    owner.scatter_reduce_(0, flat, row, "amin")
+    owned = owner[flat] == row
+    if valid is not None:
+        owned &= valid.view(-1)[flat]
+    flat, row = flat[owned], row[owned]
+    area = torch.bincount(2 * row + drawn[flat], minlength=2 * pred.real).view(-1, 2).double()  # outside, inside
+
+    mean = features.pred[:, :, 0].sum(1) / pred.count
+    amplitude = 1 + (mean - mean.detach())
+    plane = pred.plane[: pred.real]
+
+    def per_plane(values: Tensor) -> Tensor:
+        return values.new_zeros(planes).index_add(0, plane, values)
+
+    target = drawn.view(planes, pixels).sum(1).double()
+    pointwise = torch.zeros_like(target)
+    if loss.pointwise is not None:
+        hit, miss = 1 - amplitude, amplitude
+        right = area[:, 1] * loss.pointwise(hit, cost_of(hit))
+        wrong = area[:, 0] * loss.pointwise(miss, cost_of(miss))
+        pointwise = per_plane(right + wrong) + (target - per_plane(area[:, 1])) * loss.pointwise.missed
+    return Sums(
+        intersection=per_plane(area[:, 1] * amplitude),
+        pred=per_plane(area.sum(1) * (amplitude.square() if loss.squared else amplitude)),
+        target=target,
+        pointwise=pointwise,
+    )
+
+
+def _padded(side: Side, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Boxes as [planes, most entries, axes] lower corner, upper corner and centre, and each row's place in that."""
+    planes, most = len(side.entries), int(side.entries.max())
+    order = side.plane.argsort(stable=True)
+    begin = side.entries.cumsum(0) - side.entries
+    place = torch.empty_like(order)
+    place[order] = torch.arange(side.rows, device=order.device)
+    place = side.plane * most + place - begin[side.plane]
+    shape = (planes * most, lower.shape[1])
+    low, high = lower.new_zeros(shape), lower.new_ones(shape)
+    center = lower.new_full(shape, math.inf)  # an unused slot is infinitely far from everything
+    low[place], high[place], center[place] = lower, upper, (lower + upper) / 2
+    shape = (planes, most, lower.shape[1])
+    return low.view(shape), high.view(shape), center.view(shape), place
+
+
+def _plane_blocks(planes: int, n: int, m: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of planes and of their first side's rows with about _PAIR_BLOCK pairs each."""
+    together = max(1, _PAIR_BLOCK // (n * m))
+    rows = max(1, min(n, _PAIR_BLOCK // m))
+    for plane in range(0, planes, together):
+        for row in range(0, n, rows):
+            yield slice(plane, plane + together), slice(row, row + rows)
+
+
+def _distance_iou(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Eq. 7: Distance-IoU loss 1 - IoU + ρ²/τ² (Zheng et al. 2020) of broadcast boxes (lower, upper, centre)."""
+    intersection = volume_a = volume_b = a[0].new_ones(())
+    rho = tau = a[0].new_zeros(())
+    for axis in range(a[0].shape[-1]):
+        low_a, high_a, center_a = (corner[..., axis] for corner in a)
+        low_b, high_b, center_b = (corner[..., axis] for corner in b)
+        length_a, length_b = high_a - low_a, high_b - low_b
+        shared = torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b)  # negative: the gap
+        intersection = intersection * shared.clamp(min=0)
+        volume_a, volume_b = volume_a * length_a, volume_b * length_b
+        rho = rho + (center_a - center_b).square()
+        tau = tau + (length_a + length_b - shared).square()
+    return 1 - intersection / (volume_a + volume_b - intersection) + rho / tau
+
+
+@torch.no_grad()
+def nearest_boxes(part: Partition, spacing: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """min_m D(n, m) for every row n of the ground truth and min_n D(n, m) for every row m of the prediction."""
+    scale = torch.tensor(spacing, dtype=torch.float64, device=part.pixels.device)
+    (*a, place_a), (*b, place_b) = (
+        _padded(side, *(corner * scale for corner in part.boxes(side))) for side in (part.target, part.pred)
+    )
+    planes, n, _ = a[0].shape
+    m = b[0].shape[1]
+    best_n, best_m = a[0].new_full((planes, n), math.inf), a[0].new_full((planes, m), math.inf)
+    for plane, row in _plane_blocks(planes, n, m):
+        first = tuple(corner[plane, row, None] for corner in a)
+        second = tuple(corner[plane, None] for corner in b)
+        distance = _distance_iou(first, second)  # [planes, rows, M]
+        best_n[plane, row] = distance.amin(2)
+        best_m[plane] = torch.minimum(best_m[plane], distance.amin(1))
+    return best_n.view(-1)[place_a], best_m.view(-1)[place_b]
+
+
+def proximity(part: Partition, loss_gt: Tensor, loss_pred: Tensor, spacing: Sequence[float]) -> Tensor:
+    """Eqs. 7 to 10: (S_P - S_GT)² of each plane, `[planes]`, S the sum of D·L over the instances of a side.
+
+    D is the Distance-IoU loss to the nearest box of the other side, measured with `spacing`; it is held fixed in the
+    gradient, which is exact through the instance losses L.
+    """
+    distance_gt, distance_pred = nearest_boxes(part, spacing)
+    one = torch.ones_like(part.target.entries)
+    pull = plane_mean(distance_pred * loss_pred, part.pred, one)
+    return (pull - plane_mean(distance_gt * loss_gt, part.target, one)).square()
