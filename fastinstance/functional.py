@@ -26,7 +26,7 @@ from .checks import (
     check_values,
     reads_values,
 )
-from .ops import DenseSums, InstanceSums, instance_sums, label_planes
+from .ops import DenseSums, InstanceSums, foreground, instance_sums, label_planes
 from .partition import Partition, partition
 from .pixel import InverseWeightedDice, SeparableLoss, Sums, resolve
 from .planes import Planes, to_planes
@@ -143,9 +143,10 @@ class _Scene:
             min_size=self.settings.min_size,
         )
 
-    def dense_request(self) -> DenseSums:
+    def dense_request(self, part: Partition | None) -> DenseSums:
         loss, planes = self.settings.pixel, self.planes
-        return DenseSums(planes.target.flatten(1), loss.squared, loss.pointwise, planes.categorical)
+        positives = foreground(planes.target) if part is None else part.pixels[part.raw_target.label > 0]
+        return DenseSums(positives, loss.squared, loss.pointwise, planes.categorical)
 
     def spoil(self, values: Tensor, plane: Tensor | None = None) -> Tensor:
         """Values per plane, or per row of `plane`, NaN where the input of the plane is not finite."""
@@ -162,10 +163,11 @@ class _Scene:
         value = value.to(planes.values.dtype)
         return value.view(planes.batch, planes.channels) if self.settings.reduction == "none" else value
 
-    def seg(self, whole: Tensor, part: Partition | None, raw_instances: Tensor | None) -> Tensor:
+    def seg(self, whole: Tensor, positives: Tensor, part: Partition | None, raw_instances: Tensor | None) -> Tensor:
         """The pixel term from the sums of each plane and, for the inverse-weighted Dice, of each instance."""
         planes, loss = self.planes, self.settings.pixel
-        number = planes.target.flatten(1).sum(1).double()
+        plane = positives // planes.values.shape[1]
+        number = torch.bincount(plane, minlength=len(planes.omega)).double()
         sums = Sums(whole[:, 0], whole[:, 1], number, whole[:, 2])
         if isinstance(loss, InverseWeightedDice) and part is not None and raw_instances is not None:
             value = tm.inverse_weighted_dice(loss, raw_instances, sums, part.raw_target, planes.omega)
@@ -189,7 +191,7 @@ def _poison(planes: Planes) -> Tensor | None:
         if math.isfinite(low) and math.isfinite(high):
             return None
     finite = values.detach().isfinite().all(1, keepdim=True)
-    factor = torch.zeros_like(finite, dtype=values.dtype).masked_fill(~finite, math.nan)
+    factor = torch.zeros_like(values[:, :1]).masked_fill(~finite, math.nan)
     return 1 + (values * factor).nan_to_num(nan=math.nan, posinf=0, neginf=0).sum(1).double()
 
 
@@ -227,17 +229,17 @@ def evaluate(
         own = not {"instance_gt", "instance_pred", "proximity"}.isdisjoint(wanted)
         request = InstanceSums(
             part.pixels,
-            part.target.label > 0,
+            part.target.label.nonzero().squeeze(1),
             own and loss.squared,
             loss.pointwise if own else None,
             tuple(tables),
         )
-    dense = (scene.dense_request(),) if "seg" in wanted else ()
+    dense = (scene.dense_request(part),) if "seg" in wanted else ()
     whole, tables = instance_sums(planes.values, planes.logits, dense, request)
 
     result: dict[str, Tensor] = {}
     if "seg" in wanted:
-        result["seg"] = scene.seg(whole[0], part, tables[-1][1:, 0] if weighted else None)
+        result["seg"] = scene.seg(whole[0], dense[0].target, part, tables[-1][1:, 0] if weighted else None)
     if part is None or not by_instance:
         return result
 
@@ -392,16 +394,14 @@ def evaluate_blob(
     truth, raw = part.target, part.raw_target
     weighted = isinstance(settings.pixel, InverseWeightedDice)
 
-    seg_sums = scene.dense_request()
+    seg_sums = scene.dense_request(part)
     outside_sums = DenseSums(seg_sums.target, loss.squared, loss.pointwise)
     if truth is not raw:
-        mask = torch.zeros_like(seg_sums.target)
-        mask.view(-1)[part.pixels[truth.label > 0]] = True
-        outside_sums = outside_sums._replace(target=mask)
+        outside_sums = outside_sums._replace(target=part.pixels[truth.label > 0])
     shared = truth is raw and outside_sums[1:] == seg_sums[1:]
     request = InstanceSums(
         part.pixels,
-        truth.label > 0,
+        truth.label.nonzero().squeeze(1),
         loss.squared,
         loss.pointwise,
         ((truth.label, truth.real + 1), (raw.label, raw.real + 1))[: 1 + weighted],
@@ -409,7 +409,7 @@ def evaluate_blob(
     whole, tables = instance_sums(
         planes.values, planes.logits, (seg_sums,) if shared else (seg_sums, outside_sums), request
     )
-    seg = scene.seg(whole[0], part, tables[-1][1:, 0] if weighted else None)
+    seg = scene.seg(whole[0], seg_sums.target, part, tables[-1][1:, 0] if weighted else None)
 
     values = tm.blob_entries(tables[0][1:], whole[-1], truth, planes.omega, loss)
     per_plane = scene.spoil(tm.plane_mean(values, truth, truth.per_plane))

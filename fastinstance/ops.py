@@ -15,16 +15,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pixel import EPS, Pointwise, cost_of
+from .pixel import Pointwise, cost_of
 
-__all__ = ["DenseSums", "InstanceSums", "instance_sums", "label_planes"]
+__all__ = [
+    "DenseSums",
+    "InstanceSums",
+    "components_at",
+    "drop_small",
+    "foreground",
+    "instance_sums",
+    "label_planes",
+]
 
 _BLOCK = 1 << 17  # pixels worked on at once: the temporaries stay in cache
 
 
+def foreground(mask: Tensor) -> Tensor:
+    """Ascending flat indices of the true pixels of a mask; int64."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
+    """Connected components of each plane, seen at some pixels only.
+
+    Args:
+        mask: bool `[planes, *S]`, 2D or 3D, on the CPU.
+        pixels: `[F]` int64 ascending flat indices that include all true pixels.
+        connectivity: 4 or 8 in 2D; 6, 18 or 26 in 3D.
+
+    Returns:
+        label: int64 `[F]`, 1, 2, … over all planes in raster order of each component's first pixel, 0 = background.
+        counts: int64 `[planes]`, components of each plane.
+    """
+    planes, *size = mask.shape
+    if len(pixels) == 0:
+        return pixels, torch.zeros(planes, dtype=torch.int64)
+    # One empty row (slice) after each plane keeps the planes apart in a single call of the labeller.
+    stacked = np.zeros((planes, size[0] + 1, *size[1:]), dtype=bool)
+    stacked[:, :-1] = mask.numpy()
+    found, total = cc3d.connected_components(
+        stacked.reshape(-1, *size[1:]), connectivity=connectivity, binary_image=True, return_N=True
+    )
+    plane = pixels // math.prod(size)
+    label = torch.from_numpy(found.reshape(-1)[(pixels + plane * math.prod(size[1:])).numpy()].astype(np.int64))
+    # The labeller works by blocks of rows: its ids are not always in raster order.
+    first = torch.full((total + 1,), mask.numel()).scatter_reduce_(0, label, pixels, "amin")
+    first[0] = -1
+    rank = torch.empty(total + 1, dtype=torch.int64)
+    rank[first.argsort()] = torch.arange(total + 1)
+    return rank[label], torch.bincount(first[1:] // math.prod(size), minlength=planes)
+
+
 @torch.library.custom_op("fastinstance::label_planes", mutates_args=(), device_types="cpu")
 def label_planes(mask: Tensor, connectivity: int, min_size: int) -> tuple[Tensor, Tensor]:
-    """Connected components of each plane.
+    """Connected components of each plane, as an image.
 
     Args:
         mask: bool `[planes, *S]`, 2D or 3D.
@@ -35,36 +81,23 @@ def label_planes(mask: Tensor, connectivity: int, min_size: int) -> tuple[Tensor
         labels: int32 `[planes, *S]`, 1..K in each plane in raster order of each component's first pixel.
         counts: int32 `[planes]`, K of each plane.
     """
-    planes, *size = mask.shape
-    if mask.numel() == 0:
-        return torch.zeros(mask.shape, dtype=torch.int32), torch.zeros(planes, dtype=torch.int32)
-    # One empty row (slice) after each plane keeps the planes apart in a single call of the labeller.
-    stacked = np.zeros((planes, size[0] + 1, *size[1:]), dtype=bool)
-    stacked[:, :-1] = mask.numpy()
-    volume = stacked.reshape(-1, *size[1:])
-    found, total = cc3d.connected_components(volume, connectivity=connectivity, binary_image=True, return_N=True)
-    found = found.astype(np.int32, copy=False).reshape(stacked.shape)[:, :-1]
-    labels = torch.from_numpy(np.ascontiguousarray(found))
-    return _rank(labels, total, min_size)
-
-
-def _rank(labels: Tensor, total: int, min_size: int) -> tuple[Tensor, Tensor]:
-    """Distinct positive labels of all planes (in place) -> ids 1..K per plane in raster order, and K per plane."""
-    planes, pixels = labels.shape[0], math.prod(labels.shape[1:])
-    flat = labels.view(-1)
-    where = flat.nonzero().squeeze(1)
-    label = flat[where].long() - 1
-    first = torch.full((total,), labels.numel()).scatter_reduce_(0, label, where, "amin")
-    kept = torch.arange(total)
+    labels = torch.zeros(mask.shape, dtype=torch.int32)
+    pixels = foreground(mask)
+    label, counts = components_at(mask, pixels, connectivity)
     if min_size > 1:
-        kept = kept[torch.bincount(label, minlength=total) >= min_size]
-    order = kept[first[kept].argsort()]  # the labeller works by blocks: not always in raster order
-    plane = first[order] // pixels
-    counts = torch.bincount(plane, minlength=planes)
-    rank = torch.zeros(total, dtype=torch.int32)
-    rank[order] = (torch.arange(len(order)) - (counts.cumsum(0) - counts)[plane] + 1).int()
-    flat[where] = rank[label]
+        label, counts = drop_small(label, counts, min_size)
+    before = counts.cumsum(0) - counts
+    plane = pixels // max(math.prod(mask.shape[1:]), 1)
+    labels.view(-1)[pixels] = torch.where(label > 0, label - before[plane], 0).int()
     return labels, counts.int()
+
+
+def drop_small(label: Tensor, counts: Tensor, min_size: int) -> tuple[Tensor, Tensor]:
+    """Labels over all planes `[F]` and their number per plane, without those of fewer than `min_size` pixels."""
+    kept = torch.bincount(label, minlength=int(counts.sum()) + 1) >= min_size
+    kept[0] = False
+    plane = torch.arange(len(counts), device=label.device).repeat_interleave(counts)
+    return (kept.cumsum(0) * kept)[label], torch.bincount(plane[kept[1:]], minlength=len(counts))
 
 
 @label_planes.register_fake
@@ -76,7 +109,7 @@ def _(mask: Tensor, connectivity: int, min_size: int) -> tuple[Tensor, Tensor]:
 class DenseSums(NamedTuple):
     """A request for the sums Σ P·G, Σ P^k, Σ v over each whole plane."""
 
-    target: Tensor  # [planes, P] bool, G
+    target: Tensor  # [G] int64, ascending flat indices of the pixels with G = 1
     squared: bool
     pointwise: Pointwise | None
     positives_only: bool = False  # v counts where G = 1 only
@@ -88,15 +121,11 @@ class InstanceSums(NamedTuple):
     Each entry of `tables` is (rows, number of rows): the row of its table that each listed pixel adds to.
     """
 
-    pixels: Tensor  # [F] int64, indices into the flattened planes, each at most once
+    pixels: Tensor  # [F] int64, flat indices, each at most once
     target: Tensor  # [F] bool, G of each listed pixel
     squared: bool
     pointwise: Pointwise | None
     tables: tuple[tuple[Tensor, int], ...]
-
-    @property
-    def columns(self) -> int:
-        return 1 + self.squared + (self.pointwise is not None)
 
 
 def instance_sums(
@@ -119,95 +148,121 @@ def instance_sums(
     return list(tables[: len(dense)]), list(tables[len(dense) :])
 
 
-def _blocks(planes: int, pixels: int) -> Iterator[tuple[slice, slice]]:
-    """Cut [planes, pixels] into blocks of about _BLOCK elements."""
-    rows = max(1, _BLOCK // max(pixels, 1))
-    columns = max(1, min(pixels, _BLOCK))
-    for row in range(0, planes, rows):
-        for column in range(0, pixels, columns):
-            yield slice(row, row + rows), slice(column, column + columns)
+class _Block(NamedTuple):
+    """Consecutive pixels: whole planes, or a part of one."""
+
+    planes: slice
+    pixels: slice  # of the flattened planes
+    target: Tensor  # positions of the pixels with G = 1 within the block
+    target_plane: Tensor  # and the plane of each, counted from the first plane of the block
 
 
-def _wrong_and_cost(x: Tensor, y: Tensor, logits: bool, with_cost: bool) -> tuple[Tensor, Tensor | None]:
-    """w = |p - y| and c = -log(1 - w); from logits both come from the logit of the wrong answer."""
-    if logits:
-        wrong_logit = torch.where(y, -x, x)
-        return wrong_logit.sigmoid(), -F.logsigmoid(-wrong_logit) if with_cost else None
-    wrong = torch.where(y, 1 - x, x)
-    return wrong, cost_of(wrong) if with_cost else None
+def _blocks(planes: int, pixels: int, target: Tensor) -> Iterator[_Block]:
+    """Cut all pixels into blocks of about _BLOCK, so that the temporaries stay in cache."""
+    rows, columns = max(1, _BLOCK // pixels), min(pixels, _BLOCK)
+    edges = [r * pixels + c for r in range(0, planes, rows) for c in range(0, pixels, columns)] + [planes * pixels]
+    cuts = torch.searchsorted(target, target.new_tensor(edges)).tolist()
+    for start, stop, begin, end in zip(edges, edges[1:], cuts, cuts[1:], strict=False):
+        first, inside = start // pixels, target[begin:end]
+        yield _Block(slice(first, -(-stop // pixels)), slice(start, stop), inside - start, inside // pixels - first)
 
 
-def _slopes(
-    wrong: Tensor, cost: Tensor | None, y: Tensor, logits: bool, pointwise: Pointwise | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """dp/dx (None: 1) and dv/dx (None: no v) for x the logit or the probability."""
-    dp = wrong - wrong * wrong if logits else None
-    if pointwise is None or cost is None:
-        return dp, None
-    dv_dw, dv_dc = pointwise.slopes(wrong, cost)
-    if dp is not None:
-        dv = dv_dw * dp + dv_dc * wrong
-    else:
-        right = 1 - wrong
-        dv = dv_dw + dv_dc * torch.where(right >= EPS, right.clamp(min=EPS).reciprocal(), 0.0)
-    return dp, torch.where(y, -dv, dv)
+def _wrong_and_cost(x: Tensor, target: Tensor, logits: bool, with_cost: bool) -> tuple[Tensor, Tensor | None]:
+    """w = |p - G| and c = -log(1 - w) of pixels x, G = 1 at the positions `target`.
+
+    From logits both come from the logit of the wrong answer, so that nothing cancels at either end.
+    """
+    wrong = x.clone()
+    positives = wrong.index_select(0, target)
+    if not logits:
+        wrong.scatter_(0, target, 1 - positives)
+        return wrong, cost_of(wrong) if with_cost else None
+    wrong.scatter_(0, target, -positives)
+    exact_from = 20 if x.dtype == torch.float32 else 40  # softplus(x) = x to the last bit
+    cost = F.softplus(wrong, threshold=exact_from) if with_cost else None
+    return wrong.sigmoid_(), cost
 
 
 def _dense_sums(values: Tensor, logits: bool, request: DenseSums, wrong: Tensor | None, cost: Tensor | None) -> Tensor:
     """The sums of one dense request; w and c are kept in `wrong` and `cost` where these are given."""
-    table = values.new_zeros((values.shape[0], 3), dtype=torch.float64)
-    for block in _blocks(*values.shape):
-        y = request.target[block]
-        w, c = _wrong_and_cost(values[block], y, logits, request.pointwise is not None)
-        p = torch.where(y, 1 - w, w)
-        rows = table[block[0]]
-        rows[:, 0] += (p * y).sum(1)
-        rows[:, 1] += (p.square() if request.squared else p).sum(1)
+    planes, pixels = values.shape
+    table = values.new_zeros((planes, 3), dtype=torch.float64)
+    power = 2 if request.squared else 1
+    for block in _blocks(planes, pixels, request.target):
+        w, c = _wrong_and_cost(values.view(-1)[block.pixels], block.target, logits, request.pointwise is not None)
+        rows = table[block.planes]
+
+        def by_plane(positives: Tensor, plane: Tensor = block.target_plane, rows: Tensor = rows) -> Tensor:
+            return torch.bincount(plane, weights=positives.double(), minlength=len(rows))
+
+        missed = w.index_select(0, block.target)  # w where G = 1, where p = 1 - w
+        rows[:, 0] += by_plane(1 - missed)
+        rows[:, 1] += (w if power == 1 else w.square()).view(len(rows), -1).sum(1)
+        rows[:, 1] += by_plane((1 - missed) ** power - missed**power)
         if request.pointwise is not None and c is not None:
-            v = request.pointwise(w, c)
-            rows[:, 2] += (v * y if request.positives_only else v).sum(1)
+            if request.positives_only:
+                rows[:, 2] += by_plane(request.pointwise(missed, c.index_select(0, block.target)))
+            else:
+                rows[:, 2] += request.pointwise(w, c).view(len(rows), -1).sum(1)
         if wrong is not None:
-            wrong[block] = w
+            wrong[block.pixels] = w
         if cost is not None:
-            cost[block] = c
+            cost[block.pixels] = c
     return table
 
 
 def _dense_gradient(
-    gradient: Tensor, logits: bool, request: DenseSums, upstream: Tensor, wrong: Tensor, cost: Tensor | None
-) -> None:
-    """Add upstream · ∂(sums)/∂values to `gradient` [planes, P]."""
-    to_intersection, to_pred, to_pointwise = upstream.to(gradient.dtype)[:, :, None].unbind(1)
-    for block in _blocks(*gradient.shape):
-        rows = block[0]
-        y, w = request.target[block], wrong[block]
-        dp, dv = _slopes(w, None if cost is None else cost[block], y, logits, request.pointwise)
-        inside, outside = to_intersection[rows] + to_pred[rows], to_pred[rows]
+    shape: torch.Size, logits: bool, request: DenseSums, upstream: Tensor, wrong: Tensor, cost: Tensor | None
+) -> Tensor:
+    """upstream [planes, 3] · ∂(sums)/∂values, `[planes, P]`."""
+    planes, pixels = shape
+    gradient = torch.empty_like(wrong)
+    to_sums = upstream.to(wrong.dtype)
+    for block in _blocks(planes, pixels, request.target):
+        w = wrong[block.pixels]
+        c = None if cost is None else cost[block.pixels]
+        rows = to_sums[block.planes]
+        to_intersection, to_pred, to_pointwise = rows.index_select(0, block.target_plane).unbind(1)
+
+        missed = w.index_select(0, block.target)
+        slope = (to_intersection + to_pred * (2 - 2 * missed if request.squared else 1)) * (
+            missed - missed.square() if logits else 1
+        )
+        if request.pointwise is not None and c is not None:
+            missed_cost = c.index_select(0, block.target)
+            slope -= to_pointwise * request.pointwise.slope(missed, missed_cost, logits)
+
+        out = gradient[block.pixels]
+        by_plane, (_, to_pred, to_pointwise) = out.view(len(rows), -1), rows[:, :, None].unbind(1)
+        torch.mul(_over_planes(w - w.square() if logits else torch.ones_like(w), rows), to_pred, out=by_plane)
         if request.squared:
-            p = torch.where(y, 1 - w, w)
-            slope = 2 * p * outside + y * to_intersection[rows]
-        else:
-            slope = torch.where(y, inside, outside)
-        if dp is not None:
-            slope = slope * dp
-        if dv is not None:
-            slope = torch.addcmul(slope, dv * y if request.positives_only else dv, to_pointwise[rows])
-        gradient[block] += slope
+            by_plane *= 2 * _over_planes(w, rows)
+        if request.pointwise is not None and c is not None and not request.positives_only:
+            by_plane.addcmul_(_over_planes(request.pointwise.slope(w, c, logits), rows), to_pointwise)
+        out.scatter_(0, block.target, slope)
+    return gradient.view(shape)
+
+
+def _over_planes(pixels: Tensor, rows: Tensor) -> Tensor:
+    return pixels.view(len(rows), -1)
 
 
 def _instance_features(values: Tensor, logits: bool, request: InstanceSums) -> tuple[list[Tensor], list[Tensor | None]]:
     """p, p² and v of the listed pixels as asked for, and the slope of each (None: 1)."""
-    x, y = values.reshape(-1)[request.pixels], request.target
-    w, c = _wrong_and_cost(x, y, logits, request.pointwise is not None)
-    p = torch.where(y, 1 - w, w)
-    dp, dv = _slopes(w, c, y, logits, request.pointwise)
+    w, c = _wrong_and_cost(
+        values.view(-1).index_select(0, request.pixels), request.target, logits, request.pointwise is not None
+    )
+    missed = w.index_select(0, request.target)
+    p = w.scatter(0, request.target, 1 - missed)
+    dp = w - w.square() if logits else None
     features, slopes = [p], [dp]
     if request.squared:
         features.append(p.square())
         slopes.append(2 * p if dp is None else 2 * p * dp)
     if request.pointwise is not None and c is not None:
         features.append(request.pointwise(w, c))
-        slopes.append(dv)
+        dv = request.pointwise.slope(w, c, logits)
+        slopes.append(dv.scatter(0, request.target, -dv.index_select(0, request.target)))
     return features, slopes
 
 
@@ -217,10 +272,11 @@ class _Sums(torch.autograd.Function):
         ctx: Any, values: Tensor, logits: bool, dense: tuple[DenseSums, ...], instances: InstanceSums | None
     ) -> tuple[Tensor, ...]:
         keep = ctx.needs_input_grad[0]
+        values = values.contiguous()
         tables, saved = [], []
         for request in dense:
-            wrong = torch.empty_like(values) if keep else None
-            cost = torch.empty_like(values) if keep and request.pointwise else None
+            wrong = torch.empty_like(values).view(-1) if keep else None
+            cost = torch.empty_like(values).view(-1) if keep and request.pointwise else None
             tables.append(_dense_sums(values, logits, request, wrong, cost))
             saved.append((wrong, cost))
         slopes: list[Tensor | None] = []
@@ -232,7 +288,7 @@ class _Sums(torch.autograd.Function):
                 tables.append(torch.stack(columns, 1))
         ctx.logits, ctx.dense, ctx.instances = logits, dense, instances
         ctx.saved, ctx.slopes = (saved, slopes) if keep else ([], [])
-        ctx.shape, ctx.dtype, ctx.device = values.shape, values.dtype, values.device
+        ctx.like = values.new_empty(()).expand(values.shape)
         ctx.set_materialize_grads(False)
         return tuple(tables)
 
@@ -246,23 +302,25 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     @torch.no_grad()
     def _gradient(ctx: Any, upstream: tuple[Tensor | None, ...]) -> Tensor:
-        gradient = torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device)
+        gradient = None
         for request, (wrong, cost), to_sums in zip(ctx.dense, ctx.saved, upstream, strict=False):
             if to_sums is not None:
-                _dense_gradient(gradient, ctx.logits, request, to_sums, wrong, cost)
-        request = ctx.instances
+                part = _dense_gradient(ctx.like.shape, ctx.logits, request, to_sums, wrong, cost)
+                gradient = part if gradient is None else gradient.add_(part)
+        if gradient is None:
+            gradient = torch.zeros(ctx.like.shape, dtype=ctx.like.dtype, device=ctx.like.device)
+        request, coefficients = ctx.instances, None
         if request is not None:
-            coefficients = None
             for (rows, _), to_rows in zip(request.tables, upstream[len(ctx.dense) :], strict=True):
                 if to_rows is not None:
-                    gathered = to_rows.to(ctx.dtype)[rows]
-                    coefficients = gathered if coefficients is None else coefficients + gathered
-            if coefficients is not None:
-                terms = [
-                    column if slope is None else column * slope
-                    for column, slope in zip(coefficients.unbind(1), ctx.slopes, strict=True)
-                ]
-                gradient.view(-1).index_add_(0, request.pixels, sum(terms[1:], terms[0]))
+                    gathered = to_rows.to(gradient.dtype).index_select(0, rows)
+                    coefficients = gathered if coefficients is None else coefficients.add_(gathered)
+        if coefficients is not None:
+            terms = [
+                column if slope is None else column * slope
+                for column, slope in zip(coefficients.unbind(1), ctx.slopes, strict=True)
+            ]
+            gradient.view(-1).index_add_(0, request.pixels, sum(terms[1:], terms[0]))
         return gradient
 
 

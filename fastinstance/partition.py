@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .ops import label_planes
+from .ops import components_at, drop_small, foreground
 
 __all__ = ["Partition", "Side", "partition"]
 
@@ -107,23 +107,18 @@ def _unique(keys: Tensor) -> tuple[Tensor, Tensor]:
     return distinct, position[run_of]
 
 
-def _side(label: Tensor, per_plane: Tensor, min_size: int) -> Side:
-    """Side of the listed pixels' labels (dense over all planes), without components smaller than `min_size`."""
+def _side(label: Tensor, per_plane: Tensor) -> Side:
+    """Side of the listed pixels' labels, which count over all planes."""
     planes = torch.arange(len(per_plane), device=label.device)
     plane = planes.repeat_interleave(per_plane)
     count = torch.bincount(label, minlength=len(plane) + 1)[1:]
-    if min_size > 1:
-        kept = count >= min_size
-        label = torch.cat([label.new_zeros(1), kept.cumsum(0) * kept])[label]
-        count, plane = count[kept], plane[kept]
-        per_plane = torch.bincount(plane, minlength=len(per_plane))
     return Side(label, count, per_plane, torch.cat([plane, planes[per_plane == 0]]))
 
 
 def _given(labels: Tensor, pixels: Tensor, plane: Tensor) -> tuple[Tensor, Tensor]:
     """Dense labels of the listed pixels and instances per plane, from given ids [planes, P]."""
-    ids = labels.view(-1)[pixels]
-    distinct, position = _unique((plane << 32) + ids)
+    ids = labels.view(-1).index_select(0, pixels)
+    distinct, position = _unique((plane << 32) + ids.long())
     real = (distinct & 0xFFFFFFFF) > 0
     per_plane = torch.bincount((distinct >> 32)[real], minlength=len(labels))
     return (real.cumsum(0) * real)[position], per_plane
@@ -153,32 +148,27 @@ def partition(
     Args:
         target: bool `[planes, *S]`.
         predicted: bool `[planes, *S]`, or None where only the ground truth is of interest.
-        labels: int64 `[planes, *S]`, given ground-truth ids (0 = background) in place of the components of `target`.
+        labels: integer `[planes, *S]`, given ground-truth ids (0 = background) in place of the components of `target`.
         connectivity: of the components.
         min_size: components with fewer pixels become background.
     """
     size = target.shape[1:]
-    pixels_per_plane = math.prod(size)
-    foreground = target if predicted is None else target | predicted
-    pixels = foreground.view(-1).nonzero().squeeze(1)
-    plane = pixels // max(pixels_per_plane, 1)
-
-    def computed(mask: Tensor) -> tuple[Tensor, Tensor]:
-        ids, counts = label_planes(mask, connectivity, 0)
-        counts = counts.long()
-        label = ids.view(-1)[pixels].long()
-        return torch.where(label > 0, label + (counts.cumsum(0) - counts)[plane], 0), counts
-
-    label, per_plane = computed(target) if labels is None else _given(labels, pixels, plane)
-    raw = _side(label, per_plane, 0)
-    truth = raw if min_size <= 1 else _side(label, per_plane, min_size)
-    if predicted is None:
-        nothing = torch.zeros_like(label), torch.zeros_like(per_plane)
-        pred = _side(*nothing, 0)
+    pixels = foreground(target if predicted is None else target | predicted)
+    if labels is None:
+        truth = components_at(target, pixels, connectivity)
     else:
-        pred = _side(*computed(predicted), min_size)
+        truth = _given(labels, pixels, pixels // math.prod(size))
+    if predicted is None:
+        found = torch.zeros_like(truth[0]), torch.zeros_like(truth[1])
+    else:
+        found = components_at(predicted, pixels, connectivity)
+    raw = side = _side(*truth)
+    if min_size > 1:
+        side, found = _side(*drop_small(*truth, min_size)), drop_small(*found, min_size)
+    pred = _side(*found)
 
-    shared = (truth.label > 0) & (pred.label > 0)
-    keys, _ = _unique((truth.label[shared] - 1) * max(pred.real, 1) + pred.label[shared] - 1)
-    pairs = keys // max(pred.real, 1), keys % max(pred.real, 1)
-    return Partition(tuple(size), pixels, truth, pred, raw, pairs, _links(truth, pred, pairs))
+    stride = max(pred.real, 1)
+    shared = ((side.label > 0) & (pred.label > 0)).nonzero().squeeze(1)
+    keys, _ = _unique((side.label[shared] - 1) * stride + pred.label[shared] - 1)
+    pairs = keys // stride, keys % stride
+    return Partition(tuple(size), pixels, side, pred, raw, pairs, _links(side, pred, pairs))

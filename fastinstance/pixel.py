@@ -58,11 +58,14 @@ class Pointwise:
     def __call__(self, wrong: Tensor, cost: Tensor) -> Tensor:
         return cost if self.gamma == 0 else wrong**self.gamma * cost
 
-    def slopes(self, wrong: Tensor, cost: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Partial derivatives (∂v/∂w, ∂v/∂c)."""
-        if self.gamma == 0:
-            return 0.0, 1.0
-        return self.gamma * wrong ** (self.gamma - 1) * cost, wrong**self.gamma
+    def slope(self, wrong: Tensor, cost: Tensor, logits: bool) -> Tensor:
+        """dv/ds for s the logit of the wrong answer, or dv/dw for given probabilities."""
+        power = wrong**self.gamma if self.gamma else 1.0
+        if logits:
+            return power * (self.gamma * (cost - wrong * cost) + wrong)
+        right = 1 - wrong
+        slope = power * torch.where(right >= EPS, right.clamp(min=EPS).reciprocal(), 0.0)
+        return slope + self.gamma * wrong ** (self.gamma - 1) * cost if self.gamma else slope
 
     @property
     def missed(self) -> float:

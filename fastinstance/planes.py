@@ -24,7 +24,7 @@ class Planes:
     categorical: bool  # the channels of an image are one softmax distribution
     predicted: Tensor  # [B·C, *S] bool: probability >= threshold
     target: Tensor  # [B·C, *S] bool
-    labels: Tensor | None  # [B·C, *S] int64 given ground-truth ids, 0 = background
+    labels: Tensor | None  # [B·C, *S] given ground-truth ids, 0 = background
     valid: Tensor | None  # [B·C, *S] bool
     omega: Tensor  # [B·C] float64, number of valid pixels
     batch: int
@@ -85,7 +85,7 @@ def to_planes(
 
     shape = (batch * channels, *size)
     logits = sigmoid or softmax
-    labels = None if target_labels is None else target_labels.to(torch.int64).reshape(shape)
+    labels = None if target_labels is None else target_labels.reshape(shape)
     valid = None
     omega = torch.full((batch * channels,), math.prod(size), dtype=torch.float64, device=input.device)
     if valid_mask is not None:
