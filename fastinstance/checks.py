@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,18 +91,17 @@ def check_connectivity(connectivity: int | None, axes: int) -> int:
     return connectivity
 
 
-def check_per_axis(name: str, value: object, axes: int, *, integer: bool) -> tuple[float, ...]:
+def check_per_axis(name: str, value: object, axes: int, *, integer: bool) -> tuple[Any, ...]:
     """One positive number for each axis, from one number or a sequence of them."""
-    kind = "integer" if integer else "number"
-    expected = f"expected {name} to be a positive {kind} or {axes} of them (one per axis)"
-    try:
-        values = tuple(value) if isinstance(value, Sequence | torch.Size) else (value,) * axes
-        good = len(values) == axes and all(math.isfinite(v) and v > 0 and (not integer or v == int(v)) for v in values)
-    except TypeError:
-        good = False
-    if not good or isinstance(value, str | bool):
-        raise ValueError(f"{expected}, got {value!r}")
-    return tuple(int(v) if integer else float(v) for v in values)
+    values: tuple[Any, ...] = (
+        tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * axes
+    )
+    kinds = (int, np.integer) if integer else (int, float, np.number)
+    fits = len(values) == axes and all(isinstance(v, kinds) and not isinstance(v, bool) for v in values)
+    if not fits or not all(0 < v < math.inf for v in values):
+        kind = "integer" if integer else "number"
+        raise ValueError(f"expected {name} to be a positive {kind} or {axes} of them (one per axis), got {value!r}")
+    return tuple((int if integer else float)(v) for v in values)
 
 
 def check_mask(mask: Tensor) -> None:

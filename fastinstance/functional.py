@@ -220,7 +220,7 @@ def evaluate(
     by_instance = any(name != "seg" for name in wanted)
     weighted = "seg" in wanted and isinstance(settings.pixel, InverseWeightedDice)
     part = scene.partition(predicted=by_instance) if by_instance or weighted else None
-    request, areas = None, []
+    request, tables, areas = None, [], []
     if part is not None:
         tables = list(_rows(part)) if by_instance else []
         areas = [_by_instance(torch.bincount(rows, minlength=n).double()) for rows, n in tables]
@@ -234,8 +234,8 @@ def evaluate(
             loss.pointwise if own else None,
             tuple(tables),
         )
-    dense = (scene.dense_request(part),) if "seg" in wanted else ()
-    whole, tables = instance_sums(planes.values, planes.logits, dense, request)
+    dense = [scene.dense_request(part)] if "seg" in wanted else []
+    whole, tables = instance_sums(planes.values, planes.logits, tuple(dense), request)
 
     result: dict[str, Tensor] = {}
     if "seg" in wanted:

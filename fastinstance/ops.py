@@ -6,8 +6,8 @@ Everything that touches all pixels is here; what follows works on tables with on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import cc3d
 import numpy as np
@@ -27,7 +27,7 @@ __all__ = [
     "label_planes",
 ]
 
-_BLOCK = 1 << 17  # pixels worked on at once: the temporaries stay in cache
+_BLOCK = 1 << 18  # pixels worked on at once: the temporaries stay in cache
 
 
 def foreground(mask: Tensor) -> Tensor:
@@ -56,7 +56,10 @@ def components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tens
     stacked = np.zeros((planes, size[0] + 1, *size[1:]), dtype=bool)
     stacked[:, :-1] = mask.numpy()
     found, total = cc3d.connected_components(
-        stacked.reshape(-1, *size[1:]), connectivity=connectivity, binary_image=True, return_N=True
+        stacked.reshape(-1, *size[1:]),
+        connectivity=cast("Any", connectivity),
+        binary_image=cast("Any", True),
+        return_N=True,
     )
     plane = pixels // math.prod(size)
     label = torch.from_numpy(found.reshape(-1)[(pixels + plane * math.prod(size[1:])).numpy()].astype(np.int64))
@@ -156,6 +159,13 @@ class _Block(NamedTuple):
     target: Tensor  # positions of the pixels with G = 1 within the block
     target_plane: Tensor  # and the plane of each, counted from the first plane of the block
 
+    def by_plane(self, pixels: Tensor) -> Tensor:
+        return pixels.view(self.planes.stop - self.planes.start, -1)
+
+    def sum_positives(self, values: Tensor) -> Tensor:
+        """Sum over the pixels with G = 1 of each plane of the block."""
+        return torch.bincount(self.target_plane, values.double(), self.planes.stop - self.planes.start)
+
 
 def _blocks(planes: int, pixels: int, target: Tensor) -> Iterator[_Block]:
     """Cut all pixels into blocks of about _BLOCK, so that the temporaries stay in cache."""
@@ -167,91 +177,84 @@ def _blocks(planes: int, pixels: int, target: Tensor) -> Iterator[_Block]:
         yield _Block(slice(first, -(-stop // pixels)), slice(start, stop), inside - start, inside // pixels - first)
 
 
-def _wrong_and_cost(x: Tensor, target: Tensor, logits: bool, with_cost: bool) -> tuple[Tensor, Tensor | None]:
-    """w = |p - G| and c = -log(1 - w) of pixels x, G = 1 at the positions `target`.
+def _wrong_and_cost(wrong: Tensor, target: Tensor, logits: bool, with_cost: bool) -> tuple[Tensor, Tensor | None]:
+    """Pixels x -> w = |p - G|, in place, and c = -log(1 - w); G = 1 at the positions `target`.
 
     From logits both come from the logit of the wrong answer, so that nothing cancels at either end.
     """
-    wrong = x.clone()
     positives = wrong.index_select(0, target)
     if not logits:
         wrong.scatter_(0, target, 1 - positives)
         return wrong, cost_of(wrong) if with_cost else None
     wrong.scatter_(0, target, -positives)
-    exact_from = 20 if x.dtype == torch.float32 else 40  # softplus(x) = x to the last bit
+    exact_from = 20 if wrong.dtype == torch.float32 else 40  # softplus(x) = x to the last bit
     cost = F.softplus(wrong, threshold=exact_from) if with_cost else None
     return wrong.sigmoid_(), cost
 
 
-def _dense_sums(values: Tensor, logits: bool, request: DenseSums, wrong: Tensor | None, cost: Tensor | None) -> Tensor:
-    """The sums of one dense request; w and c are kept in `wrong` and `cost` where these are given."""
+class _DensePart(NamedTuple):
+    """What the gradient of a dense request needs of one block."""
+
+    block: _Block
+    wrong: Tensor
+    cost: Tensor | None
+
+
+def _dense_sums(values: Tensor, logits: bool, request: DenseSums, keep: bool) -> tuple[Tensor, list[_DensePart]]:
+    """The sums of one dense request, and what its gradient needs if that is to be kept."""
     planes, pixels = values.shape
     table = values.new_zeros((planes, 3), dtype=torch.float64)
     power = 2 if request.squared else 1
+    parts = []
     for block in _blocks(planes, pixels, request.target):
-        w, c = _wrong_and_cost(values.view(-1)[block.pixels], block.target, logits, request.pointwise is not None)
-        rows = table[block.planes]
-
-        def by_plane(positives: Tensor, plane: Tensor = block.target_plane, rows: Tensor = rows) -> Tensor:
-            return torch.bincount(plane, weights=positives.double(), minlength=len(rows))
-
+        x = values.view(-1)[block.pixels].clone()
+        w, c = _wrong_and_cost(x, block.target, logits, request.pointwise is not None)
         missed = w.index_select(0, block.target)  # w where G = 1, where p = 1 - w
-        rows[:, 0] += by_plane(1 - missed)
-        rows[:, 1] += (w if power == 1 else w.square()).view(len(rows), -1).sum(1)
-        rows[:, 1] += by_plane((1 - missed) ** power - missed**power)
+        rows = table[block.planes]
+        rows[:, 0] += block.sum_positives(1 - missed)
+        rows[:, 1] += block.by_plane(w if power == 1 else w.square()).sum(1)
+        rows[:, 1] += block.sum_positives((1 - missed) ** power - missed**power)
         if request.pointwise is not None and c is not None:
             if request.positives_only:
-                rows[:, 2] += by_plane(request.pointwise(missed, c.index_select(0, block.target)))
+                rows[:, 2] += block.sum_positives(request.pointwise(missed, c.index_select(0, block.target)))
             else:
-                rows[:, 2] += request.pointwise(w, c).view(len(rows), -1).sum(1)
-        if wrong is not None:
-            wrong[block.pixels] = w
-        if cost is not None:
-            cost[block.pixels] = c
-    return table
+                rows[:, 2] += block.by_plane(request.pointwise(w, c)).sum(1)
+        if keep:
+            parts.append(_DensePart(block, w, c))
+    return table, parts
 
 
 def _dense_gradient(
-    shape: torch.Size, logits: bool, request: DenseSums, upstream: Tensor, wrong: Tensor, cost: Tensor | None
-) -> Tensor:
-    """upstream [planes, 3] · ∂(sums)/∂values, `[planes, P]`."""
-    planes, pixels = shape
-    gradient = torch.empty_like(wrong)
-    to_sums = upstream.to(wrong.dtype)
-    for block in _blocks(planes, pixels, request.target):
-        w = wrong[block.pixels]
-        c = None if cost is None else cost[block.pixels]
-        rows = to_sums[block.planes]
-        to_intersection, to_pred, to_pointwise = rows.index_select(0, block.target_plane).unbind(1)
-
-        missed = w.index_select(0, block.target)
-        slope = (to_intersection + to_pred * (2 - 2 * missed if request.squared else 1)) * (
-            missed - missed.square() if logits else 1
-        )
+    gradient: Tensor, logits: bool, request: DenseSums, upstream: Tensor, parts: list[_DensePart]
+) -> None:
+    """Write upstream [planes, 3] · ∂(sums)/∂values into `gradient` [planes · P]."""
+    to_sums = upstream.to(gradient.dtype)
+    for block, w, c in parts:
+        rows, out = to_sums[block.planes], gradient[block.pixels]
+        _, to_pred, to_pointwise = rows[:, :, None].unbind(1)
+        dp = w - w.square() if logits else torch.ones_like(w)
+        dv = None
         if request.pointwise is not None and c is not None:
-            missed_cost = c.index_select(0, block.target)
-            slope -= to_pointwise * request.pointwise.slope(missed, missed_cost, logits)
-
-        out = gradient[block.pixels]
-        by_plane, (_, to_pred, to_pointwise) = out.view(len(rows), -1), rows[:, :, None].unbind(1)
-        torch.mul(_over_planes(w - w.square() if logits else torch.ones_like(w), rows), to_pred, out=by_plane)
+            dv = request.pointwise.slope(w, c, logits)
+        torch.mul(block.by_plane(dp), to_pred, out=block.by_plane(out))
         if request.squared:
-            by_plane *= 2 * _over_planes(w, rows)
-        if request.pointwise is not None and c is not None and not request.positives_only:
-            by_plane.addcmul_(_over_planes(request.pointwise.slope(w, c, logits), rows), to_pointwise)
+            out *= 2 * w
+        if dv is not None and not request.positives_only:
+            block.by_plane(out).addcmul_(block.by_plane(dv), to_pointwise)
+
+        to_intersection, to_pred, to_pointwise = rows.index_select(0, block.target_plane).unbind(1)
+        missed = w.index_select(0, block.target)
+        to_p = to_intersection + to_pred * (2 - 2 * missed if request.squared else 1)
+        slope = to_p * dp.index_select(0, block.target)
+        if dv is not None:
+            slope -= to_pointwise * dv.index_select(0, block.target)
         out.scatter_(0, block.target, slope)
-    return gradient.view(shape)
-
-
-def _over_planes(pixels: Tensor, rows: Tensor) -> Tensor:
-    return pixels.view(len(rows), -1)
 
 
 def _instance_features(values: Tensor, logits: bool, request: InstanceSums) -> tuple[list[Tensor], list[Tensor | None]]:
     """p, p² and v of the listed pixels as asked for, and the slope of each (None: 1)."""
-    w, c = _wrong_and_cost(
-        values.view(-1).index_select(0, request.pixels), request.target, logits, request.pointwise is not None
-    )
+    x = values.view(-1).index_select(0, request.pixels)
+    w, c = _wrong_and_cost(x, request.target, logits, request.pointwise is not None)
     missed = w.index_select(0, request.target)
     p = w.scatter(0, request.target, 1 - missed)
     dp = w - w.square() if logits else None
@@ -266,6 +269,20 @@ def _instance_features(values: Tensor, logits: bool, request: InstanceSums) -> t
     return features, slopes
 
 
+def _instance_gradient(
+    gradient: Tensor, request: InstanceSums, upstream: Sequence[Tensor | None], slopes: list[Tensor | None]
+) -> None:
+    """Add upstream [rows, columns] of each table · ∂(sums)/∂values to `gradient` [planes · P]."""
+    coefficients = None
+    for (rows, _), to_rows in zip(request.tables, upstream, strict=True):
+        if to_rows is not None:
+            gathered = to_rows.to(gradient.dtype).index_select(0, rows)
+            coefficients = gathered if coefficients is None else coefficients.add_(gathered)
+    if coefficients is not None:
+        for column, slope in zip(coefficients.unbind(1), slopes, strict=True):
+            gradient.index_add_(0, request.pixels, column if slope is None else column * slope)
+
+
 class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -275,16 +292,15 @@ class _Sums(torch.autograd.Function):
         values = values.contiguous()
         tables, saved = [], []
         for request in dense:
-            wrong = torch.empty_like(values).view(-1) if keep else None
-            cost = torch.empty_like(values).view(-1) if keep and request.pointwise else None
-            tables.append(_dense_sums(values, logits, request, wrong, cost))
-            saved.append((wrong, cost))
+            table, parts = _dense_sums(values, logits, request, keep)
+            tables.append(table)
+            saved.append(parts)
         slopes: list[Tensor | None] = []
         if instances is not None:
             features, slopes = _instance_features(values, logits, instances)
             wide = [feature.double() for feature in features]
             for rows, n_rows in instances.tables:
-                columns = [torch.bincount(rows, weights=column, minlength=n_rows) for column in wide]
+                columns = [torch.bincount(rows, weights=column, minlength=n_rows).double() for column in wide]
                 tables.append(torch.stack(columns, 1))
         ctx.logits, ctx.dense, ctx.instances = logits, dense, instances
         ctx.saved, ctx.slopes = (saved, slopes) if keep else ([], [])
@@ -302,25 +318,19 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     @torch.no_grad()
     def _gradient(ctx: Any, upstream: tuple[Tensor | None, ...]) -> Tensor:
-        gradient = None
-        for request, (wrong, cost), to_sums in zip(ctx.dense, ctx.saved, upstream, strict=False):
-            if to_sums is not None:
-                part = _dense_gradient(ctx.like.shape, ctx.logits, request, to_sums, wrong, cost)
-                gradient = part if gradient is None else gradient.add_(part)
-        if gradient is None:
-            gradient = torch.zeros(ctx.like.shape, dtype=ctx.like.dtype, device=ctx.like.device)
-        request, coefficients = ctx.instances, None
-        if request is not None:
-            for (rows, _), to_rows in zip(request.tables, upstream[len(ctx.dense) :], strict=True):
-                if to_rows is not None:
-                    gathered = to_rows.to(gradient.dtype).index_select(0, rows)
-                    coefficients = gathered if coefficients is None else coefficients.add_(gathered)
-        if coefficients is not None:
-            terms = [
-                column if slope is None else column * slope
-                for column, slope in zip(coefficients.unbind(1), ctx.slopes, strict=True)
-            ]
-            gradient.view(-1).index_add_(0, request.pixels, sum(terms[1:], terms[0]))
+        gradient = torch.zeros(ctx.like.shape, dtype=ctx.like.dtype, device=ctx.like.device)
+        asked = [
+            (request, to_sums, parts)
+            for request, to_sums, parts in zip(ctx.dense, upstream, ctx.saved, strict=False)
+            if to_sums is not None
+        ]
+        for n, (request, to_sums, parts) in enumerate(asked):
+            share = gradient if n == 0 else torch.empty_like(gradient)
+            _dense_gradient(share.view(-1), ctx.logits, request, to_sums, parts)
+            if n > 0:
+                gradient += share
+        if ctx.instances is not None:
+            _instance_gradient(gradient.view(-1), ctx.instances, upstream[len(ctx.dense) :], ctx.slopes)
         return gradient
 
 

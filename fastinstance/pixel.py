@@ -62,7 +62,7 @@ class Pointwise:
         """dv/ds for s the logit of the wrong answer, or dv/dw for given probabilities."""
         power = wrong**self.gamma if self.gamma else 1.0
         if logits:
-            return power * (self.gamma * (cost - wrong * cost) + wrong)
+            return torch.add(wrong, torch.addcmul(cost, cost, wrong, value=-1), alpha=self.gamma).mul_(power)
         right = 1 - wrong
         slope = power * torch.where(right >= EPS, right.clamp(min=EPS).reciprocal(), 0.0)
         return slope + self.gamma * wrong ** (self.gamma - 1) * cost if self.gamma else slope

@@ -191,18 +191,27 @@ def inverse_weighted_dice(
     return loss.ratio(intersection, intersection + foreground + rest)
 
 
-def _windows(part: Partition, side: Side, center_size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """All pixels of the boxes about the centroids of a side: flat index and row of each, clipped at the border."""
+def _draw_boxes(part: Partition, side: Side, center_size: Sequence[int], valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Boxes about the centroids of a side, clipped at the border: flat index of each covered pixel, and its owner.
+
+    Where boxes overlap the smallest row owns the pixel, so that each pixel appears once.
+    """
     device = part.pixels.device
-    offsets = torch.cartesian_prod(*[torch.arange(s, device=device) - s // 2 for s in center_size])
-    position = part.centroids(side)[:, None] + offsets.view(1, -1, len(center_size))  # [K, window, axes]
-    size = torch.tensor(part.size, device=device)
-    inside = ((position >= 0) & (position < size)).all(-1)
-    flat = side.plane[: side.real, None].expand(inside.shape)
-    for axis, length in enumerate(part.size):
-        flat = flat * length + position[..., axis]
-    row = torch.arange(side.real, device=device)[:, None].expand(inside.shape)
-    return flat[inside], row[inside]
+    position = side.plane[: side.real, None]  # flat index, built axis by axis: [K, window so far]
+    inside = torch.ones_like(position, dtype=torch.bool)
+    for length, center, window in zip(part.size, part.centroids(side).unbind(1), center_size, strict=True):
+        at = center[:, None] + torch.arange(window, device=device) - window // 2
+        inside = (inside[:, :, None] & ((at >= 0) & (at < length))[:, None]).flatten(1)
+        position = (position[:, :, None] * length + at[:, None]).flatten(1)
+    flat = position[inside]
+    row = torch.arange(side.real, device=device)[:, None].expand(inside.shape)[inside]
+    owner = torch.empty(len(side.per_plane) * math.prod(part.size), dtype=torch.int64, device=device)
+    owner[flat] = side.real  # the rest stays unwritten and is never read
+    owner.scatter_reduce_(0, flat, row, "amin")
+    owned = owner[flat] == row
+    if valid is not None:
+        owned &= valid.view(-1)[flat]
+    return flat[owned], row[owned]
 
 
 def center_sums(
@@ -219,20 +228,11 @@ def center_sums(
     ground-truth map is 0 or 1.
     """
     truth, pred = part.target, part.pred
-    planes, pixels = len(truth.per_plane), math.prod(part.size)
-    drawn = torch.zeros(planes * pixels, dtype=torch.bool, device=part.pixels.device)
-    drawn[_windows(part, truth, center_size)[0]] = True
-    if valid is not None:
-        drawn &= valid.view(-1)
-
-    flat, row = _windows(part, pred, center_size)
-    owner = torch.empty(planes * pixels, dtype=torch.int64, device=flat.device)  # only read where written
-    owner[flat] = pred.real
-    owner.scatter_reduce_(0, flat, row, "amin")
-    owned = owner[flat] == row
-    if valid is not None:
-        owned &= valid.view(-1)[flat]
-    flat, row = flat[owned], row[owned]
+    planes = len(truth.per_plane)
+    true_flat, true_row = _draw_boxes(part, truth, center_size, valid)
+    drawn = torch.zeros(planes * math.prod(part.size), dtype=torch.bool, device=true_flat.device)
+    drawn[true_flat] = True
+    flat, row = _draw_boxes(part, pred, center_size, valid)
     area = torch.bincount(2 * row + drawn[flat], minlength=2 * pred.real).view(-1, 2).double()  # outside, inside
 
     mean = features.pred[:, :, 0].sum(1) / pred.count
@@ -242,7 +242,7 @@ def center_sums(
     def per_plane(values: Tensor) -> Tensor:
         return values.new_zeros(planes).index_add(0, plane, values)
 
-    target = drawn.view(planes, pixels).sum(1).double()
+    target = torch.bincount(truth.plane[true_row], minlength=planes).double()
     pointwise = torch.zeros_like(target)
     if loss.pointwise is not None:
         hit, miss = 1 - amplitude, amplitude
@@ -257,8 +257,19 @@ def center_sums(
     )
 
 
-def _padded(side: Side, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Boxes as [planes, most entries, axes] lower corner, upper corner and centre, and each row's place in that."""
+class _Boxes(NamedTuple):
+    """Boxes [..., axes] float64."""
+
+    lower: Tensor
+    upper: Tensor
+    center: Tensor
+
+    def at(self, *index: slice | None) -> _Boxes:
+        return _Boxes(*(corner[index] for corner in self))
+
+
+def _by_plane(side: Side, lower: Tensor, upper: Tensor) -> tuple[_Boxes, Tensor]:
+    """Boxes as [planes, most entries, axes], and each row's place in the flattened first two axes."""
     planes, most = len(side.entries), int(side.entries.max())
     order = side.plane.argsort(stable=True)
     begin = side.entries.cumsum(0) - side.entries
@@ -266,11 +277,11 @@ def _padded(side: Side, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, T
     place[order] = torch.arange(side.rows, device=order.device)
     place = side.plane * most + place - begin[side.plane]
     shape = (planes * most, lower.shape[1])
-    low, high = lower.new_zeros(shape), lower.new_ones(shape)
-    center = lower.new_full(shape, math.inf)  # an unused slot is infinitely far from everything
-    low[place], high[place], center[place] = lower, upper, (lower + upper) / 2
-    shape = (planes, most, lower.shape[1])
-    return low.view(shape), high.view(shape), center.view(shape), place
+    # An unused slot holds a box infinitely far from everything.
+    boxes = _Boxes(lower.new_zeros(shape), lower.new_ones(shape), lower.new_full(shape, math.inf))
+    for corner, values in zip(boxes, (lower, upper, (lower + upper) / 2), strict=True):
+        corner[place] = values
+    return _Boxes(*(corner.view(planes, most, -1) for corner in boxes)), place
 
 
 def _plane_blocks(planes: int, n: int, m: int) -> Iterator[tuple[slice, slice]]:
@@ -282,11 +293,11 @@ def _plane_blocks(planes: int, n: int, m: int) -> Iterator[tuple[slice, slice]]:
             yield slice(plane, plane + together), slice(row, row + rows)
 
 
-def _distance_iou(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Eq. 7: Distance-IoU loss 1 - IoU + ρ²/τ² (Zheng et al. 2020) of broadcast boxes (lower, upper, centre)."""
-    intersection = volume_a = volume_b = a[0].new_ones(())
-    rho = tau = a[0].new_zeros(())
-    for axis in range(a[0].shape[-1]):
+def _distance_iou(a: _Boxes, b: _Boxes) -> Tensor:
+    """Eq. 7: Distance-IoU loss 1 - IoU + ρ²/τ² (Zheng et al. 2020) of boxes that broadcast."""
+    intersection = volume_a = volume_b = a.lower.new_ones(())
+    rho = tau = a.lower.new_zeros(())
+    for axis in range(a.lower.shape[-1]):
         low_a, high_a, center_a = (corner[..., axis] for corner in a)
         low_b, high_b, center_b = (corner[..., axis] for corner in b)
         length_a, length_b = high_a - low_a, high_b - low_b
@@ -302,19 +313,16 @@ def _distance_iou(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Ten
 def nearest_boxes(part: Partition, spacing: Sequence[float]) -> tuple[Tensor, Tensor]:
     """min_m D(n, m) for every row n of the ground truth and min_n D(n, m) for every row m of the prediction."""
     scale = torch.tensor(spacing, dtype=torch.float64, device=part.pixels.device)
-    (*a, place_a), (*b, place_b) = (
-        _padded(side, *(corner * scale for corner in part.boxes(side))) for side in (part.target, part.pred)
+    (a, place_a), (b, place_b) = (
+        _by_plane(side, *(corner * scale for corner in part.boxes(side))) for side in (part.target, part.pred)
     )
-    planes, n, _ = a[0].shape
-    m = b[0].shape[1]
-    best_n, best_m = a[0].new_full((planes, n), math.inf), a[0].new_full((planes, m), math.inf)
+    planes, n, m = *a.lower.shape[:2], b.lower.shape[1]
+    best_a, best_b = a.lower.new_full((planes, n), math.inf), a.lower.new_full((planes, m), math.inf)
     for plane, row in _plane_blocks(planes, n, m):
-        first = tuple(corner[plane, row, None] for corner in a)
-        second = tuple(corner[plane, None] for corner in b)
-        distance = _distance_iou(first, second)  # [planes, rows, M]
-        best_n[plane, row] = distance.amin(2)
-        best_m[plane] = torch.minimum(best_m[plane], distance.amin(1))
-    return best_n.view(-1)[place_a], best_m.view(-1)[place_b]
+        distance = _distance_iou(a.at(plane, row, None), b.at(plane, None))  # [planes, rows, M]
+        best_a[plane, row] = distance.amin(2)
+        best_b[plane] = torch.minimum(best_b[plane], distance.amin(1))
+    return best_a.view(-1)[place_a], best_b.view(-1)[place_b]
 
 
 def proximity(part: Partition, loss_gt: Tensor, loss_pred: Tensor, spacing: Sequence[float]) -> Tensor:

@@ -1,0 +1,738 @@
+"""The paper read aloud: one slow, literal loop over instances per equation.
+
+"Eq. k" is equation k of Rachmadi, Byra and Skibbe, "A new family of instance-level loss functions ...",
+Computers in Biology and Medicine 2024, doi 10.1016/j.compbiomed.2024.108414. Every masked image of the paper
+is built here as an image, every loss is evaluated on whole images, and autograd gives the gradients. This is
+the oracle that the fast code is tested against; nothing selects it for you.
+
+A *plane* is one (batch, channel) image of shape `[*S]` (2D or 3D). It has a probability `p` per pixel,
+ground-truth ids `t` (0 is background, N distinct ids otherwise) and predicted ids `q` (M distinct ids).
+`A(n)` are the predicted instances that share a pixel with ground-truth instance n, `A(m)` the ground-truth
+instances that share one with predicted instance m.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .terms import BlobTerms, InstanceTerms
+
+EPS = 1e-7  # the smallest probability whose logarithm is taken
+SMOOTH = 1e-5  # smoothing of numerators and denominators
+
+Average: TypeAlias = Literal["instance", "image"]
+Normalizer: TypeAlias = Literal["pred", "gt"]
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+# A pixel loss: a name, a name with options, or any callable `(P, G) -> scalar` on images `[1, 1, *S]`.
+Loss: TypeAlias = str | tuple[str, Mapping[str, Any]] | Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Image:
+    """A predicted image `[*S]`: `p`, `log p` and `log(1 - p)` per pixel; the pixels `valid` make up Ω."""
+
+    p: Tensor
+    log_p: Tensor
+    log_not_p: Tensor
+    valid: Tensor
+
+    def only(self, keep: Tensor) -> "Image":
+        """A copy in which every pixel outside the boolean `keep` `[*S]` is masked out: probability 0."""
+        return Image(
+            p=self.p.masked_fill(~keep, 0.0),
+            log_p=self.log_p.masked_fill(~keep, math.log(EPS)),
+            log_not_p=self.log_not_p.masked_fill(~keep, 0.0),
+            valid=self.valid,
+        )
+
+    def restricted_to(self, valid: Tensor) -> "Image":
+        """The image on the pixels `valid` `[*S]`: the others are masked out and do not count in |Ω|."""
+        masked = self.only(valid)
+        return Image(masked.p, masked.log_p, masked.log_not_p, valid)
+
+    def spoiled(self) -> "Image":
+        """NaN in every valid pixel, so that every value and gradient of the plane is NaN."""
+        factor = torch.ones_like(self.p).masked_fill(self.valid, math.nan)
+        return Image(self.p * factor, self.log_p * factor, self.log_not_p * factor, self.valid)
+
+    def zero(self) -> Tensor:
+        """A zero that is still connected to the graph, and NaN where the image is NaN."""
+        return (self.p * 0.0).sum()
+
+
+def image_from_logits(logits: Tensor) -> Image:
+    """The image `[*S]` of one-channel logits; the logarithms come from the logits and are not clamped."""
+    everywhere = torch.ones_like(logits, dtype=torch.bool)
+    return Image(torch.sigmoid(logits), F.logsigmoid(logits), F.logsigmoid(-logits), everywhere)
+
+
+def image_from_probabilities(p: Tensor) -> Image:
+    """The image `[*S]` of given probabilities; log x is log(max(x, EPS)), with derivative 0 below EPS."""
+    everywhere = torch.ones_like(p, dtype=torch.bool)
+    return Image(p, torch.log(p.clamp(min=EPS)), torch.log((1 - p).clamp(min=EPS)), everywhere)
+
+
+def dice(
+    P: Image,
+    G: Tensor,
+    *,
+    squared_pred: bool = False,
+    jaccard: bool = False,
+    smooth_nr: float = SMOOTH,
+    smooth_dr: float = SMOOTH,
+) -> Tensor:
+    """Dice loss 1 - 2|PG| / (|P| + |G|).
+
+    `squared_pred` sums p² and g² in the denominator; `jaccard` has twice the union as the denominator.
+    """
+    g = G.to(P.p.dtype)
+    overlap = (P.p * g).sum()
+    total = (P.p**2).sum() + (g**2).sum() if squared_pred else P.p.sum() + g.sum()
+    denominator = 2 * (total - overlap) if jaccard else total
+    return 1 - (2 * overlap + smooth_nr) / (denominator + smooth_dr)
+
+
+def tversky(
+    P: Image,
+    G: Tensor,
+    *,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    smooth_nr: float = SMOOTH,
+    smooth_dr: float = SMOOTH,
+) -> Tensor:
+    """Tversky loss 1 - TP / (TP + alpha FP + beta FN)."""
+    g = G.to(P.p.dtype)
+    true_positive = (P.p * g).sum()
+    false_positive = (P.p * (1 - g)).sum()
+    false_negative = ((1 - P.p) * g).sum()
+    denominator = true_positive + alpha * false_positive + beta * false_negative
+    return 1 - (true_positive + smooth_nr) / (denominator + smooth_dr)
+
+
+def generalized_dice(
+    Ps: Sequence[Image], Gs: Sequence[Tensor], *, smooth_nr: float = SMOOTH, smooth_dr: float = SMOOTH
+) -> Tensor:
+    """Generalized Dice (Sudre 2017) of an image with one P and one G per channel.
+
+    Channel c weighs 1/|G_c|²; an empty one weighs as much as the heaviest of the others, 0 if there is none.
+    """
+    sizes = [int(G.sum()) for G in Gs]
+    heaviest = max((1 / size**2 for size in sizes if size > 0), default=0.0)
+    overlap, total = Ps[0].zero(), Ps[0].zero()
+    for P, G, size in zip(Ps, Gs, sizes, strict=True):
+        weight = 1 / size**2 if size > 0 else heaviest
+        overlap = overlap + weight * (P.p * G).sum()
+        total = total + weight * (P.p.sum() + size)
+    return 1 - (2 * overlap + smooth_nr) / (total + smooth_dr)
+
+
+def mean_over_pixels(values: Tensor, P: Image) -> Tensor:
+    """The sum of `values` `[*S]` divided by |Ω|, the number of valid pixels."""
+    return values.sum() / max(int(P.valid.sum()), 1)
+
+
+def cross_entropy(P: Image, G: Tensor, *, softmax: bool = False) -> Tensor:
+    """Mean over Ω of -log p where g = 1 and -log(1 - p) where g = 0; with `softmax` only where g = 1."""
+    g = G.to(P.p.dtype)
+    values = -g * P.log_p
+    if not softmax:
+        values = values - (1 - g) * P.log_not_p
+    return mean_over_pixels(values, P)
+
+
+def focal(P: Image, G: Tensor, *, gamma: float = 2.0, softmax: bool = False) -> Tensor:
+    """Focal loss: the cross entropy of a pixel times (1 - p)^gamma where g = 1, and p^gamma where g = 0.
+
+    The powers are taken as exp(gamma log ...), so that their derivative is finite for every gamma.
+    """
+    g = G.to(P.p.dtype)
+    values = -g * torch.exp(gamma * P.log_not_p) * P.log_p
+    if not softmax:
+        values = values - (1 - g) * torch.exp(gamma * P.log_p) * P.log_not_p
+    return mean_over_pixels(values, P)
+
+
+def inverse_weighted_dice(
+    P: Image, G: Tensor, ids: Tensor, *, smooth_nr: float = SMOOTH, smooth_dr: float = SMOOTH
+) -> Tensor:
+    """Dice in which a pixel of instance k weighs |Ω| / ((K + 1) |k|) (Shirokikh 2020).
+
+    `ids` `[*S]` are the instances, K of them; the background (id 0) counts as one more of its own size.
+    """
+    g = G.to(P.p.dtype)
+    instances = ids_in(ids)
+    weight = torch.zeros_like(P.p)
+    for k in [0, *instances]:
+        pixels = (ids == k) & P.valid
+        if pixels.any():
+            weight[pixels] = int(P.valid.sum()) / ((len(instances) + 1) * int(pixels.sum()))
+    overlap = (weight * P.p * g).sum()
+    total = (weight * P.p).sum() + (weight * g).sum()
+    return 1 - (2 * overlap + smooth_nr) / (total + smooth_dr)
+
+
+def pixel_term(
+    loss: Loss, Ps: Sequence[Image], Gs: Sequence[Tensor], ids: Sequence[Tensor], *, softmax: bool = False
+) -> list[Tensor]:
+    """L_seg of one image with C channels: one value per channel.
+
+    A loss that couples the channels of an image gives each of them its one value. `softmax` says that the
+    channels share one softmax: cross entropy and focal loss then only count g = 1, and cross entropy sums its
+    channels. `ids` are the ground-truth instances of each channel, for the inverse-weighted Dice loss.
+    """
+    if callable(loss):
+        images = [(P.p[None, None], G.to(P.p.dtype)[None, None]) for P, G in zip(Ps, Gs, strict=True)]
+        return [loss(p, g) for p, g in images]
+    name, given = (loss, {}) if isinstance(loss, str) else loss
+    options = dict(given)
+    channels = list(zip(Ps, Gs, strict=True))
+    if name == "dice":
+        return [dice(P, G, **options) for P, G in channels]
+    if name == "tversky":
+        return [tversky(P, G, **options) for P, G in channels]
+    if name == "generalized_dice":
+        return [generalized_dice(Ps, Gs, **options)] * len(channels)
+    if name == "ce":
+        values = [cross_entropy(P, G, softmax=softmax, **options) for P, G in channels]
+        return [torch.stack(values).sum()] * len(channels) if softmax else values
+    if name == "focal":
+        return [focal(P, G, softmax=softmax, **options) for P, G in channels]
+    if name == "inverse_weighted_dice":
+        return [inverse_weighted_dice(P, G, k, **options) for (P, G), k in zip(channels, ids, strict=True)]
+    if name == "dicece":
+        lambda_dice, lambda_ce = options.pop("lambda_dice", 1.0), options.pop("lambda_ce", 1.0)
+        dices = pixel_term(("dice", options), Ps, Gs, ids, softmax=softmax)
+        entropies = pixel_term("ce", Ps, Gs, ids, softmax=softmax)
+        return [lambda_dice * d + lambda_ce * e for d, e in zip(dices, entropies, strict=True)]
+    if name == "gdf":
+        lambda_gdl, lambda_focal = options.pop("lambda_gdl", 1.0), options.pop("lambda_focal", 1.0)
+        gamma = options.pop("gamma", 2.0)
+        dices = pixel_term(("generalized_dice", options), Ps, Gs, ids, softmax=softmax)
+        focals = pixel_term(("focal", {"gamma": gamma}), Ps, Gs, ids, softmax=softmax)
+        return [lambda_gdl * d + lambda_focal * f for d, f in zip(dices, focals, strict=True)]
+    raise ValueError(f"unknown pixel loss {name!r}")
+
+
+def plane_loss(loss: Loss) -> Callable[[Image, Tensor], Tensor]:
+    """The pixel loss as ℓ(P, G) of a one-channel plane; the whole of G counts as one instance."""
+    return lambda P, G: pixel_term(loss, [P], [G], [G.to(torch.int64)])[0]
+
+
+def pixel_loss(name: str, **options: Any) -> Callable[[Image, Tensor], Tensor]:
+    """ℓ(P, G) by name, with MONAI's option names: `pixel_loss("tversky", alpha=0.3, beta=0.7)`."""
+    return plane_loss((name, options))
+
+
+def connected_components(
+    mask: Tensor,
+    connectivity: int | None = None,
+    min_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Connected components by iterated max-pooling (Appendix B), run until nothing changes.
+
+    `mask` is boolean `[B, C, *S]`; `connectivity` is 4 or 8 in 2D, 6, 18 or 26 in 3D, the largest if None.
+    Returns labels, int32 like `mask`, and counts, int32 `[B, C]`. Ids are 1..K in each plane in raster order
+    of the first pixels, after components of fewer than `min_size` pixels have become background.
+    """
+    dimensions = mask.ndim - 2
+    steps = {4: 1, 8: 2} if dimensions == 2 else {6: 1, 18: 2, 26: 3}
+    axes_per_step = dimensions if connectivity is None else steps[connectivity]
+
+    # A unique index per pixel, the largest at the first pixel: each component ends up with that of its first.
+    pixels = math.prod(mask.shape[2:])
+    unique = torch.arange(pixels, 0, -1, dtype=torch.float64, device=mask.device).reshape(mask.shape[2:])
+    index = unique * mask
+    while True:
+        spread = max_over_neighbours(index, axes_per_step) * mask
+        if torch.equal(spread, index):
+            break
+        index = spread
+
+    labels = torch.zeros(mask.shape, dtype=torch.int32, device=mask.device)
+    counts = torch.zeros(mask.shape[:2], dtype=torch.int32, device=mask.device)
+    for b, c in batch_and_channel(mask):
+        for first_pixel in sorted(ids_in(index[b, c]), reverse=True):
+            component = index[b, c] == first_pixel
+            if component.sum() >= min_size:
+                counts[b, c] += 1
+                labels[b, c][component] = counts[b, c]
+    return labels, counts
+
+
+def max_over_neighbours(index: Tensor, axes_per_step: int) -> Tensor:
+    """The largest `index` `[B, C, *S]` within one step, which moves along at most `axes_per_step` axes."""
+    dimensions = index.ndim - 2
+    pool = F.max_pool2d if dimensions == 2 else F.max_pool3d
+    largest = index
+    for moved in combinations(range(dimensions), axes_per_step):
+        kernel = [3 if axis in moved else 1 for axis in range(dimensions)]
+        padding = [1 if axis in moved else 0 for axis in range(dimensions)]
+        largest = torch.maximum(largest, pool(index, kernel, stride=1, padding=padding))
+    return largest
+
+
+def batch_and_channel(x: Tensor) -> list[tuple[int, int]]:
+    """The (batch, channel) indices of all planes of `x` `[B, C, *S]`."""
+    return [(b, c) for b in range(x.shape[0]) for c in range(x.shape[1])]
+
+
+def ids_in(labels: Tensor) -> list[int]:
+    """The distinct ids above 0, in ascending order."""
+    return [int(k) for k in torch.unique(labels) if k > 0]
+
+
+def drop_small(labels: Tensor, min_size: int) -> Tensor:
+    """`labels` `[*S]` with every instance of fewer than `min_size` pixels made background."""
+    kept = labels.clone()
+    for k in ids_in(labels):
+        if (labels == k).sum() < min_size:
+            kept[labels == k] = 0
+    return kept
+
+
+def pixels_of(labels: Tensor, ids: Iterable[int]) -> Tensor:
+    """The union of the instances `ids`, boolean `[*S]`."""
+    union = torch.zeros_like(labels, dtype=torch.bool)
+    for k in ids:
+        union = union | (labels == k)
+    return union
+
+
+def instance_loss_gt(
+    image: Image,
+    t: Tensor,
+    q: Tensor,
+    loss: Callable[[Image, Tensor], Tensor],
+) -> list[Tensor]:
+    """Eq. 2: L_GT(n) for every ground-truth instance n.
+
+    P keeps the predicted instances in A(n), without their pixels in other ground-truth instances; G is n.
+    Without ground truth, the one entry has P = all predicted instances and an empty G.
+    """
+    entries = []
+    for n in ids_in(t):
+        touching = pixels_of(q, ids_in(q[t == n]))
+        other_instances = (t > 0) & (t != n)
+        P = image.only(touching & ~other_instances)
+        entries.append(loss(P, t == n) + image.zero())
+    return entries or [loss(image.only(q > 0), t > 0) + image.zero()]
+
+
+def instance_loss_pred(
+    image: Image,
+    t: Tensor,
+    q: Tensor,
+    loss: Callable[[Image, Tensor], Tensor],
+) -> list[Tensor]:
+    """Eq. 3: L_P(m) for every predicted instance m.
+
+    P keeps m alone; G is the union of the ground-truth instances in A(m). Without predicted instances, the
+    one entry has an empty P and G = all ground-truth instances.
+    """
+    entries = []
+    for m in ids_in(q):
+        touched = pixels_of(t, ids_in(t[q == m]))
+        P = image.only(q == m)
+        entries.append(loss(P, touched) + image.zero())
+    return entries or [loss(image.only(q > 0), t > 0) + image.zero()]
+
+
+def center_box(pixels: Tensor, size: Sequence[int]) -> tuple[slice, ...]:
+    """The box of `size` pixels a side around the centroid of `pixels` `[*S]`, clipped at the border."""
+    box = []
+    for axis, coordinates in enumerate(pixels.nonzero().T):
+        count = len(coordinates)
+        centre = (2 * int(coordinates.sum()) + count) // (2 * count)
+        start = centre - size[axis] // 2
+        box.append(slice(max(start, 0), min(start + size[axis], pixels.shape[axis])))
+    return tuple(box)
+
+
+def center_loss(
+    image: Image,
+    t: Tensor,
+    q: Tensor,
+    loss: Callable[[Image, Tensor], Tensor],
+    size: Sequence[int],
+) -> Tensor:
+    """Eq. 4: a pixel loss between the maps of the centres of the instances.
+
+    The map of the ground truth is 1 on every box. In the predicted map the box of m has value 1 and the
+    derivative of the mean of p over m. Where boxes overlap, the smallest id owns the pixel.
+    """
+    map_gt = torch.zeros_like(t, dtype=torch.bool)
+    for n in ids_in(t):
+        map_gt[center_box(t == n, size)] = True
+    map_pred = image.p * 0.0
+    for m in sorted(ids_in(q), reverse=True):
+        mean = image.p[q == m].mean()
+        map_pred[center_box(q == m, size)] = 1 + (mean - mean.detach())
+    P = image_from_probabilities(map_pred).restricted_to(image.valid)
+    return loss(P, map_gt & image.valid) + image.zero()
+
+
+def false_rate_gt(image: Image, t: Tensor, q: Tensor) -> Tensor:
+    """Eq. 5: missed ground-truth instances / N, with the gradient of the mean of the Dice losses of Eq. 2."""
+    instances = ids_in(t)
+    if not instances:
+        return image.zero()
+    missed = [n for n in instances if not ids_in(q[t == n])]
+    mean_dice = torch.stack(instance_loss_gt(image, t, q, pixel_loss("dice"))).mean()
+    return len(missed) / len(instances) + (mean_dice - mean_dice.detach())
+
+
+def false_rate_pred(image: Image, t: Tensor, q: Tensor) -> Tensor:
+    """Eq. 6: false predicted instances / M, with the gradient of the mean of the Dice losses of Eq. 3."""
+    instances = ids_in(q)
+    if not instances:
+        return image.zero()
+    false = [m for m in instances if not ids_in(t[q == m])]
+    mean_dice = torch.stack(instance_loss_pred(image, t, q, pixel_loss("dice"))).mean()
+    return len(false) / len(instances) + (mean_dice - mean_dice.detach())
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box [lower, upper) in physical units, one number per axis."""
+
+    lower: Sequence[float]
+    upper: Sequence[float]
+
+    def volume(self) -> float:
+        return math.prod(high - low for low, high in zip(self.lower, self.upper, strict=True))
+
+    def centre(self) -> list[float]:
+        return [(low + high) / 2 for low, high in zip(self.lower, self.upper, strict=True)]
+
+
+def tight_box(pixels: Tensor, spacing: Sequence[float]) -> Box:
+    """The box [min, max + 1) around `pixels` `[*S]`, times the size of a pixel along each axis."""
+    coordinates = pixels.nonzero()
+    lower = [int(x) * s for x, s in zip(coordinates.amin(0), spacing, strict=True)]
+    upper = [(int(x) + 1) * s for x, s in zip(coordinates.amax(0), spacing, strict=True)]
+    return Box(lower, upper)
+
+
+def artificial_box(shape: Sequence[int], spacing: Sequence[float]) -> Box:
+    """The artificial instance of an empty side (section 2.1.4): three pixels a side, not clipped."""
+    lower = [(size // 2 - 1) * s for size, s in zip(shape, spacing, strict=True)]
+    upper = [(size // 2 + 2) * s for size, s in zip(shape, spacing, strict=True)]
+    return Box(lower, upper)
+
+
+def distance_iou_loss(a: Box, b: Box) -> float:
+    """Eqs. 7 and 8: D = 1 - IoU + ρ²/τ².
+
+    ρ is the distance of the centres of the two boxes, τ the diagonal of the smallest box that encloses both.
+    """
+    shared = Box(
+        lower=[max(x, y) for x, y in zip(a.lower, b.lower, strict=True)],
+        upper=[min(x, y) for x, y in zip(a.upper, b.upper, strict=True)],
+    )
+    enclosing = Box(
+        lower=[min(x, y) for x, y in zip(a.lower, b.lower, strict=True)],
+        upper=[max(x, y) for x, y in zip(a.upper, b.upper, strict=True)],
+    )
+    overlap = all(low < high for low, high in zip(shared.lower, shared.upper, strict=True))
+    intersection = shared.volume() if overlap else 0.0
+    iou = intersection / (a.volume() + b.volume() - intersection)
+    rho_squared = sum((x - y) ** 2 for x, y in zip(a.centre(), b.centre(), strict=True))
+    tau_squared = sum((high - low) ** 2 for low, high in zip(enclosing.lower, enclosing.upper, strict=True))
+    return 1 - iou + rho_squared / tau_squared
+
+
+def proximity_loss(
+    image: Image,
+    t: Tensor,
+    q: Tensor,
+    losses_gt: Sequence[Tensor],
+    losses_pred: Sequence[Tensor],
+    spacing: Sequence[float],
+) -> Tensor:
+    """Eqs. 9 and 10: (S_P - S_GT)², sums of losses weighted by the distance to the nearest of the other side.
+
+    `losses_gt` and `losses_pred` are the entries of Eqs. 2 and 3. The entry of an empty side sits in its
+    artificial box; a plane without any instance has no distance to measure.
+    """
+    boxes_gt = [tight_box(t == n, spacing) for n in ids_in(t)]
+    boxes_pred = [tight_box(q == m, spacing) for m in ids_in(q)]
+    if not boxes_gt and not boxes_pred:
+        return image.zero()
+    boxes_gt = boxes_gt or [artificial_box(t.shape, spacing)]
+    boxes_pred = boxes_pred or [artificial_box(t.shape, spacing)]
+    sum_gt, sum_pred = image.zero(), image.zero()
+    for box, entry in zip(boxes_gt, losses_gt, strict=True):
+        sum_gt = sum_gt + min(distance_iou_loss(box, other) for other in boxes_pred) * entry
+    for box, entry in zip(boxes_pred, losses_pred, strict=True):
+        sum_pred = sum_pred + min(distance_iou_loss(other, box) for other in boxes_gt) * entry
+    return (sum_pred - sum_gt) ** 2
+
+
+def blob_loss(image: Image, t: Tensor, loss: Callable[[Image, Tensor], Tensor]) -> list[Tensor]:
+    """Blob loss (Kofler 2023) of every ground-truth instance n.
+
+    P keeps everything but the other ground-truth instances, every false positive included; G is n.
+    """
+    entries = []
+    for n in ids_in(t):
+        P = image.only((t == n) | (t == 0))
+        entries.append(loss(P, t == n) + image.zero())
+    return entries
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One (batch, channel) image: prediction, target and the ids of both sides, all `[*S]`.
+
+    `annotated` are the ground-truth ids before `min_size`, `t` and `q` those after.
+    """
+
+    image: Image
+    y: Tensor
+    annotated: Tensor
+    t: Tensor
+    q: Tensor
+
+
+def planes_of(
+    input: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool,
+    to_onehot_y: bool,
+    sigmoid: bool,
+    softmax: bool,
+    other_act: Callable[[Tensor], Tensor] | None,
+    threshold: float,
+    connectivity: int | None,
+    min_size: int,
+    target_labels: Tensor | None,
+    valid_mask: Tensor | None,
+) -> list[list[Plane]]:
+    """The planes of `input` `[B, C, *S]`: a list over the batch of lists over the channels that count."""
+    if sigmoid + softmax + (other_act is not None) > 1:
+        raise ValueError("expected at most one of sigmoid, softmax and other_act")
+    channels = input.shape[1]
+    if channels == 1 and (softmax or to_onehot_y or not include_background):
+        raise ValueError("softmax, to_onehot_y and include_background=False need more than one channel")
+
+    first = 0 if include_background else 1
+    valid = torch.ones_like(input[:, :1], dtype=torch.bool) if valid_mask is None else valid_mask != 0
+    x = input.to(torch.promote_types(input.dtype, torch.float32)).masked_fill(~valid, 0.0)
+    finite = torch.isfinite(x)
+    if sigmoid:
+        above = x >= math.log(threshold / (1 - threshold))
+    elif softmax:
+        finite = finite.all(dim=1, keepdim=True).expand_as(x)
+        above = torch.softmax(x, dim=1) >= threshold
+    else:
+        x = x if other_act is None else other_act(x)
+        finite = finite & torch.isfinite(x)
+        above = x >= threshold
+
+    if to_onehot_y:
+        y = torch.cat([target == c for c in range(channels)], dim=1) & valid
+    else:
+        y = (target != 0).expand(input.shape) & valid
+    if target_labels is None:
+        labels, _ = connected_components(y, connectivity)
+    else:
+        labels = target_labels.masked_fill(~valid, 0)
+        if not torch.equal((labels > 0)[:, first:], y[:, first:]):
+            raise ValueError("target_labels > 0 differs from target")
+    predicted, _ = connected_components(above & valid, connectivity, min_size)
+
+    batch = []
+    for b in range(input.shape[0]):
+        planes = []
+        for c in range(first, channels):
+            if sigmoid:
+                image = image_from_logits(x[b, c])
+            elif softmax:
+                others = torch.stack([x[b, other] for other in range(channels) if other != c])
+                image = image_from_logits(x[b, c] - torch.logsumexp(others, dim=0))
+            else:
+                image = image_from_probabilities(x[b, c])
+            image = image.restricted_to(valid[b, 0])
+            if not finite[b, c][valid[b, 0]].all():
+                image = image.spoiled()
+            t = drop_small(labels[b, c], min_size)
+            planes.append(Plane(image, y[b, c], labels[b, c], t, predicted[b, c]))
+        batch.append(planes)
+    return batch
+
+
+def reduce_planes(values: list[list[Tensor]], reduction: Reduction) -> Tensor:
+    """Mean or sum of per-plane values, or all of them `[B, C']`."""
+    table = torch.stack([torch.stack(row) for row in values])
+    if reduction == "none":
+        return table
+    return table.sum() if reduction == "sum" else table.mean()
+
+
+def reduce_entries(
+    entries: list[list[list[Tensor]]],
+    counts: list[list[int]],
+    average: Average,
+    reduction: Reduction,
+) -> Tensor:
+    """Mean of the entries of each plane, `counts` being what their sums are divided by.
+
+    `average="instance"` with `reduction="mean"` pools the entries of the batch; otherwise planes count alike.
+    """
+    sums = [[torch.stack(plane).sum() for plane in row] for row in entries]
+    if reduction == "mean" and average == "instance":
+        return torch.stack([s for row in sums for s in row]).sum() / sum(n for row in counts for n in row)
+    means = [[s / n for s, n in zip(*rows, strict=True)] for rows in zip(sums, counts, strict=True)]
+    return reduce_planes(means, reduction)
+
+
+def pixel_terms(batch: list[list[Plane]], loss: Loss, softmax: bool) -> list[list[Tensor]]:
+    """L_seg per plane."""
+    values = []
+    for planes in batch:
+        terms = pixel_term(
+            loss,
+            [plane.image for plane in planes],
+            [plane.y for plane in planes],
+            [plane.annotated for plane in planes],
+            softmax=softmax,
+        )
+        values.append([term + plane.image.zero() for term, plane in zip(terms, planes, strict=True)])
+    return values
+
+
+def per_plane(batch: list[list[Plane]], term: Callable[[Plane], Any]) -> list[list[Any]]:
+    """`term` of every plane, in rows over the batch."""
+    return [[term(plane) for plane in planes] for planes in batch]
+
+
+def instance_terms(
+    input: Tensor,
+    target: Tensor,
+    *,
+    pixel_loss: Loss = "gdf",
+    instance_loss: Loss = "dice",
+    center_loss: Loss = "dice",
+    average: Average = "instance",
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    threshold: float = 0.5,
+    connectivity: int | None = None,
+    center_size: int | Sequence[int] = 3,
+    min_size: int = 0,
+    spacing: Sequence[float] | None = None,
+    pred_normalizer: Normalizer = "pred",
+    reduction: Reduction = "mean",
+    target_labels: Tensor | None = None,
+    valid_mask: Tensor | None = None,
+) -> InstanceTerms:
+    """All terms of Eq. 11 for `input` `[B, C, *S]` and `target` `[B, C, *S]` or `[B, 1, *S]`.
+
+    float64 input is computed in float64, any other in float32. Each term is a scalar, or `[B, C']` with
+    `reduction="none"`, C' being C without the background channel if that is excluded.
+    """
+    dimensions = input.ndim - 2
+    size = [center_size] * dimensions if isinstance(center_size, int) else list(center_size)
+    millimetres = [1.0] * dimensions if spacing is None else list(spacing)
+    batch = planes_of(
+        input,
+        target,
+        include_background=include_background,
+        to_onehot_y=to_onehot_y,
+        sigmoid=sigmoid,
+        softmax=softmax,
+        other_act=other_act,
+        threshold=threshold,
+        connectivity=connectivity,
+        min_size=min_size,
+        target_labels=target_labels,
+        valid_mask=valid_mask,
+    )
+    loss = plane_loss(instance_loss)
+    entries_gt = per_plane(batch, lambda x: instance_loss_gt(x.image, x.t, x.q, loss))
+    entries_pred = per_plane(batch, lambda x: instance_loss_pred(x.image, x.t, x.q, loss))
+    count_gt = [[len(plane) for plane in row] for row in entries_gt]
+    count_pred = [[len(plane) for plane in row] for row in entries_pred]
+    divisor_pred = count_gt if pred_normalizer == "gt" else count_pred
+    proximity = [
+        [
+            proximity_loss(x.image, x.t, x.q, losses_gt, losses_pred, millimetres)
+            for x, losses_gt, losses_pred in zip(*rows, strict=True)
+        ]
+        for rows in zip(batch, entries_gt, entries_pred, strict=True)
+    ]
+    return InstanceTerms(
+        seg=reduce_planes(pixel_terms(batch, pixel_loss, softmax), reduction),
+        instance_gt=reduce_entries(entries_gt, count_gt, average, reduction),
+        instance_pred=reduce_entries(entries_pred, divisor_pred, average, reduction),
+        center=reduce_planes(per_plane(batch, lambda x: center_term(x, center_loss, size)), reduction),
+        false_gt=reduce_planes(per_plane(batch, lambda x: false_rate_gt(x.image, x.t, x.q)), reduction),
+        false_pred=reduce_planes(per_plane(batch, lambda x: false_rate_pred(x.image, x.t, x.q)), reduction),
+        proximity=reduce_planes(proximity, reduction),
+    )
+
+
+def center_term(plane: Plane, loss: Loss, size: Sequence[int]) -> Tensor:
+    """Eq. 4 of a plane, with ℓ_center by name."""
+    return center_loss(plane.image, plane.t, plane.q, plane_loss(loss), size)
+
+
+def blob_terms(
+    input: Tensor,
+    target: Tensor,
+    *,
+    pixel_loss: Loss = "gdf",
+    instance_loss: Loss | None = None,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    connectivity: int | None = None,
+    min_size: int = 0,
+    reduction: Reduction = "mean",
+    target_labels: Tensor | None = None,
+    valid_mask: Tensor | None = None,
+) -> BlobTerms:
+    """The two terms of blob loss: pixels, and the mean over instances of a plane, over planes that have one.
+
+    Arguments and shapes as in `instance_terms`; `instance_loss=None` is `pixel_loss`. A plane without ground
+    truth has the value 0 in `reduction="none"` and "sum".
+    """
+    batch = planes_of(
+        input,
+        target,
+        include_background=include_background,
+        to_onehot_y=to_onehot_y,
+        sigmoid=sigmoid,
+        softmax=softmax,
+        other_act=other_act,
+        threshold=0.5,
+        connectivity=connectivity,
+        min_size=min_size,
+        target_labels=target_labels,
+        valid_mask=valid_mask,
+    )
+    loss = plane_loss(pixel_loss if instance_loss is None else instance_loss)
+    entries = per_plane(batch, lambda x: blob_loss(x.image, x.t, loss))
+    means = [
+        [torch.stack(blobs).mean() if blobs else x.image.zero() for x, blobs in zip(*rows, strict=True)]
+        for rows in zip(batch, entries, strict=True)
+    ]
+    if reduction == "mean":
+        planes_with_blobs = sum(1 for row in entries for blobs in row if blobs)
+        blob = reduce_planes(means, "sum") / max(planes_with_blobs, 1)
+    else:
+        blob = reduce_planes(means, reduction)
+    return BlobTerms(seg=reduce_planes(pixel_terms(batch, pixel_loss, softmax), reduction), blob=blob)
