@@ -182,8 +182,11 @@ def check_images(
 def _not_binary(tensor: Tensor) -> bool:
     if tensor.dtype == torch.bool:
         return False
-    pieces = tensor.reshape(-1).split(_PIECE)  # the temporaries stay in cache
-    return any(bool((piece * piece != piece).any()) for piece in pieces)
+    for piece in tensor.reshape(-1).split(_PIECE):  # the temporaries stay in cache
+        low, high = torch.addcmul(piece, piece, piece, value=-1).aminmax()  # x - x² is 0 for 0 and 1 only
+        if not (low == 0 and high == 0):
+            return True
+    return False
 
 
 def check_values(

@@ -76,7 +76,7 @@ def to_planes(
         classes = torch.arange(channels, device=target.device).view(1, -1, *[1] * len(size))
         truth = target == classes
     else:
-        truth = (target if target.dtype == torch.bool else target > 0).expand(-1, channels, *size)
+        truth = target.bool().expand(-1, channels, *size)
 
     if not include_background:
         channels -= 1

@@ -203,15 +203,16 @@ def _draw_boxes(part: Partition, side: Side, center_size: Sequence[int], valid: 
         at = center[:, None] + torch.arange(window, device=device) - window // 2
         inside = (inside[:, :, None] & ((at >= 0) & (at < length))[:, None]).flatten(1)
         position = (position[:, :, None] * length + at[:, None]).flatten(1)
-    flat = position[inside]
-    row = torch.arange(side.real, device=device)[:, None].expand(inside.shape)[inside]
-    owner = torch.empty(len(side.per_plane) * math.prod(part.size), dtype=torch.int64, device=device)
-    owner[flat] = side.real  # the rest stays unwritten and is never read
-    owner.scatter_reduce_(0, flat, row, "amin")
-    owned = owner[flat] == row
+    nowhere, window = len(side.per_plane) * math.prod(part.size), math.prod(center_size)
+    flat = position.where(inside, nowhere).flatten()
+    row = torch.arange(side.real, device=device, dtype=torch.int32).repeat_interleave(window)
+    owner = torch.empty(nowhere + 1, dtype=torch.int32, device=device)  # only read where written
+    owner.scatter_reduce_(0, flat, row, "amin", include_self=False)
+    owned = (owner.index_select(0, flat) == row) & inside.flatten()
     if valid is not None:
-        owned &= valid.view(-1)[flat]
-    return flat[owned], row[owned]
+        owned &= valid.flatten().index_select(0, flat.clamp(max=nowhere - 1))
+    kept = owned.nonzero().squeeze(1)
+    return flat.index_select(0, kept), kept // window
 
 
 def center_sums(
