@@ -71,7 +71,7 @@ def to_planes(
         predicted = values >= threshold
 
     if target_labels is not None:
-        truth = target_labels > 0
+        truth = target_labels.bool()
     elif to_onehot_y:
         classes = torch.arange(channels, device=target.device).view(1, -1, *[1] * len(size))
         truth = target == classes
