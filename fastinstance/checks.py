@@ -62,8 +62,8 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_threshold(threshold: float) -> None:
-    if not 0 < threshold < 1:
-        raise ValueError(f"expected threshold strictly between 0 and 1, got {threshold}")
+    if not isinstance(threshold, int | float) or not 0 < threshold < 1:
+        raise ValueError(f"expected threshold strictly between 0 and 1, got {threshold!r}")
 
 
 def check_size(name: str, value: object) -> None:

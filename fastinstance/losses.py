@@ -19,6 +19,7 @@ from .pixel import (
     SeparableLoss,
     Tversky,
     WeightedSum,
+    check_not_negative,
 )
 
 __all__ = [
@@ -144,6 +145,7 @@ class DiceCELoss(_PixelLoss):
         lambda_ce: float = 1.0,
         **options: Unpack[ImageOptions],
     ) -> None:
+        check_not_negative(lambda_dice=lambda_dice, lambda_ce=lambda_ce)
         dice = Dice(smooth_nr, smooth_dr, squared_pred, jaccard)
         super().__init__(WeightedSum(((lambda_dice, dice), (lambda_ce, CrossEntropy()))), options)
 
@@ -178,6 +180,7 @@ class GeneralizedDiceFocalLoss(_PixelLoss):
         lambda_focal: float = 1.0,
         **options: Unpack[ImageOptions],
     ) -> None:
+        check_not_negative(lambda_gdl=lambda_gdl, lambda_focal=lambda_focal)
         parts = ((lambda_gdl, GeneralizedDice(smooth_nr, smooth_dr)), (lambda_focal, Focal(gamma)))
         super().__init__(WeightedSum(parts), options)
 
@@ -310,8 +313,8 @@ class BlobLoss(_Loss):
 
     def __init__(self, *, pixel_weight: float = 2.0, blob_weight: float = 1.0, **options: Unpack[BlobOptions]) -> None:
         super().__init__()
-        self.weights = {"seg": pixel_weight, "blob": blob_weight}
-        _check_weights(self.weights)
+        _check_weights({"pixel_weight": pixel_weight, "blob_weight": blob_weight})
+        self.weights = BlobTerms(pixel_weight, blob_weight)  # pyright: ignore[reportArgumentType]
         if options.get("instance_loss") is None:
             options["instance_loss"] = options.get("pixel_loss", Settings.pixel_loss)
         self.settings = Settings(**options)
@@ -326,7 +329,7 @@ class BlobLoss(_Loss):
     ) -> Tensor:
         """The weighted sum: a scalar, or `[B, C]` for `reduction="none"`. Arguments as `functional.blob_terms`."""
         terms = self.terms(input, target, target_labels=target_labels, valid_mask=valid_mask)
-        return _weighted(self.weights, terms._asdict())
+        return _weighted(self.weights._asdict(), terms._asdict())
 
     def terms(
         self,
@@ -340,5 +343,5 @@ class BlobLoss(_Loss):
         return evaluate_blob(self.settings, input, target, target_labels, valid_mask)
 
     def extra_repr(self) -> str:
-        weights = f"pixel_weight={self.weights['seg']:g}, blob_weight={self.weights['blob']:g}"
+        weights = f"pixel_weight={self.weights.seg:g}, blob_weight={self.weights.blob:g}"
         return ", ".join(filter(None, (weights, super().extra_repr())))

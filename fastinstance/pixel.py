@@ -28,6 +28,7 @@ __all__ = [
     "Sums",
     "Tversky",
     "WeightedSum",
+    "check_not_negative",
     "cost_of",
     "resolve",
 ]
@@ -92,7 +93,7 @@ class SeparableLoss:
         return self.reduce(sums, omega)
 
 
-def _check_smoothing(**values: float) -> None:
+def check_not_negative(**values: float) -> None:
     for name, value in values.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"expected {name} to be a finite number >= 0, got {value}")
@@ -108,7 +109,7 @@ class Dice(SeparableLoss):
     jaccard: bool = False
 
     def __post_init__(self) -> None:
-        _check_smoothing(smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
+        check_not_negative(smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
 
     @property
     def squared(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -132,7 +133,7 @@ class Tversky(SeparableLoss):
     smooth_dr: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check_smoothing(alpha=self.alpha, beta=self.beta, smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
+        check_not_negative(alpha=self.alpha, beta=self.beta, smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
 
     def reduce(self, sums: Sums, omega: Tensor) -> Tensor:
         del omega
@@ -153,7 +154,7 @@ class GeneralizedDice(SeparableLoss):
     smooth_dr: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check_smoothing(smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
+        check_not_negative(smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
 
     def _ratio(self, numerator: Tensor, denominator: Tensor) -> Tensor:
         return 1 - (2 * numerator + self.smooth_nr) / (denominator + self.smooth_dr)
@@ -223,7 +224,7 @@ class InverseWeightedDice(SeparableLoss):
     smooth_dr: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check_smoothing(smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
+        check_not_negative(smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
 
     def reduce(self, sums: Sums, omega: Tensor) -> Tensor:
         inside, outside = self.weights(sums.target, omega, (sums.target > 0).to(omega.dtype))
@@ -294,7 +295,6 @@ def resolve(loss: object, argument: str) -> SeparableLoss:
     separable = getattr(loss, "separable", loss)
     if not isinstance(separable, SeparableLoss):
         raise TypeError(
-            f"expected {argument} to be a name ({', '.join(_BY_NAME)}) or a pixel loss of fastinstance, "
-            f"got {type(loss).__name__}"
+            f"expected {argument} to be a name ({', '.join(_BY_NAME)}) or a pixel loss of fastinstance, got {loss!r}"
         )
     return separable

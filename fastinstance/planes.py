@@ -40,7 +40,21 @@ def _one_against_rest(logits: Tensor) -> Tensor:
     edge = torch.full_like(logits[:, :1], -math.inf)
     before = torch.cat([edge, logits.logcumsumexp(1)[:, :-1]], 1)
     after = torch.cat([logits.flip(1).logcumsumexp(1).flip(1)[:, 1:], edge], 1)
-    return logits - torch.logaddexp(before, after)
+    not_finite = (logits - logits).sum(1, keepdim=True)  # 0, or NaN for all classes of the pixel
+    return logits - torch.logaddexp(before, after) + not_finite
+
+
+def _activate(other_act: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    values = other_act(input)
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"expected other_act to return a tensor of probabilities, got {got}; leave other_act out")
+    if values.shape != input.shape:
+        raise ValueError(
+            f"expected other_act to keep the shape of input, {tuple(input.shape)}, got {tuple(values.shape)}; "
+            "apply it yourself and leave other_act out"
+        )
+    return values
 
 
 def to_planes(
@@ -67,7 +81,7 @@ def to_planes(
     elif softmax:
         values, predicted = _one_against_rest(wide), wide.detach().softmax(1) >= threshold
     else:
-        values = wide if other_act is None else other_act(wide)
+        values = wide if other_act is None else _activate(other_act, wide)
         predicted = values >= threshold
 
     if target_labels is not None:
