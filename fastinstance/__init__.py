@@ -5,6 +5,7 @@ touches no GPU and imports neither MONAI nor kornia.
 """
 
 from . import functional
+from .backend import use_backend
 from .checks import debug_checks
 from .functional import BlobTerms, InstanceTerms, label
 from .losses import (
@@ -42,4 +43,5 @@ __all__ = [
     "debug_checks",
     "functional",
     "label",
+    "use_backend",
 ]

@@ -479,9 +479,5 @@ def label(mask: Tensor, *, connectivity: int | None = None, min_size: int = 0) -
     check_mask(mask)
     check_size("min_size", min_size)
     connectivity = check_connectivity(connectivity, mask.ndim - 2)
-    planes = mask.detach().flatten(0, 1)
-    foreground = planes != 0
-    if planes.is_floating_point():
-        foreground &= ~planes.isnan()
-    labels, counts = label_planes(foreground, connectivity, min_size)
+    labels, counts = label_planes(mask.detach().flatten(0, 1), None, connectivity, min_size)
     return labels.view(mask.shape), counts.view(mask.shape[:2])

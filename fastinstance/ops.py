@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import backend_for
 from .pixel import Pointwise, cost_of
 
 __all__ = [
@@ -41,7 +42,7 @@ def components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tens
     """Connected components of each plane, seen at some pixels only.
 
     Args:
-        mask: bool `[planes, *S]`, 2D or 3D, on the CPU.
+        mask: bool `[planes, *S]`, 2D or 3D.
         pixels: `[F]` int64 ascending flat indices that include all true pixels.
         connectivity: 4 or 8 in 2D; 6, 18 or 26 in 3D.
 
@@ -49,6 +50,17 @@ def components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tens
         label: int64 `[F]`, 1, 2, … over all planes in raster order of each component's first pixel, 0 = background.
         counts: int64 `[planes]`, components of each plane.
     """
+    if mask.device.type == "cpu" and backend_for(mask) == "torch":
+        return _components_at(mask, pixels, connectivity)
+    labels, counts = label_planes(mask, None, connectivity, 0)
+    counts = counts.long()
+    label = labels.view(-1).index_select(0, pixels).long()
+    before = (counts.cumsum(0) - counts)[pixels // math.prod(mask.shape[1:])]
+    return torch.where(label > 0, label + before, 0), counts
+
+
+def _components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
+    """`components_at` on the CPU: no image of labels is made."""
     planes, *size = mask.shape
     if len(pixels) == 0:
         return pixels, torch.zeros(planes, dtype=torch.int64)
@@ -81,12 +93,14 @@ def _label_volume(mask: np.ndarray, connectivity: int) -> tuple[np.ndarray, int]
     )
 
 
-@torch.library.custom_op("fastinstance::label_planes", mutates_args=(), device_types="cpu")
-def label_planes(mask: Tensor, connectivity: int, min_size: int) -> tuple[Tensor, Tensor]:
-    """Connected components of each plane, as an image.
+@torch.library.custom_op("fastinstance::label_planes", mutates_args=())
+def label_planes(mask: Tensor, threshold: float | None, connectivity: int, min_size: int) -> tuple[Tensor, Tensor]:
+    """Connected components of each plane, as an image; on a CUDA tensor without waiting for the device.
 
     Args:
-        mask: bool `[planes, *S]`, 2D or 3D.
+        mask: `[planes, *S]`, 2D or 3D. Foreground is `mask >= threshold`, or without a threshold what is neither 0
+            nor NaN.
+        threshold: for floating masks only.
         connectivity: 4 or 8 in 2D; 6, 18 or 26 in 3D.
         min_size: components with fewer pixels become background.
 
@@ -94,15 +108,33 @@ def label_planes(mask: Tensor, connectivity: int, min_size: int) -> tuple[Tensor
         labels: int32 `[planes, *S]`, 1..K in each plane in raster order of each component's first pixel.
         counts: int32 `[planes]`, K of each plane.
     """
-    labels = torch.zeros(mask.shape, dtype=torch.int32)
-    pixels = foreground(mask)
-    label, counts = components_at(mask, pixels, connectivity)
+    if mask.numel() == 0:
+        return mask.new_zeros(mask.shape, dtype=torch.int32), mask.new_zeros(mask.shape[:1], dtype=torch.int32)
+    if backend_for(mask) == "triton":
+        from fastinstance_kernels import label_planes as launch
+
+        return launch(mask, threshold=threshold, connectivity=connectivity, min_size=min_size)
+    if threshold is not None:
+        inside = mask >= threshold
+    else:
+        inside = mask.bool()
+        if mask.is_floating_point():
+            inside &= ~mask.isnan()
+    inside = inside.cpu()
+    pixels = foreground(inside)
+    label, counts = _components_at(inside, pixels, connectivity)
     if min_size > 1:
         label, counts = drop_small(label, counts, min_size)
-    before = counts.cumsum(0) - counts
-    plane = pixels // max(math.prod(mask.shape[1:]), 1)
-    labels.view(-1)[pixels] = torch.where(label > 0, label - before[plane], 0).int()
-    return labels, counts.int()
+    before = (counts.cumsum(0) - counts)[pixels // math.prod(mask.shape[1:])]
+    labels = torch.zeros(mask.shape, dtype=torch.int32)
+    labels.view(-1)[pixels] = torch.where(label > 0, label - before, 0).int()
+    return labels.to(mask.device), counts.int().to(mask.device)
+
+
+@label_planes.register_fake
+def _(mask: Tensor, threshold: float | None, connectivity: int, min_size: int) -> tuple[Tensor, Tensor]:
+    del threshold, connectivity, min_size
+    return mask.new_empty(mask.shape, dtype=torch.int32), mask.new_empty(mask.shape[:1], dtype=torch.int32)
 
 
 def drop_small(label: Tensor, counts: Tensor, min_size: int) -> tuple[Tensor, Tensor]:
@@ -111,12 +143,6 @@ def drop_small(label: Tensor, counts: Tensor, min_size: int) -> tuple[Tensor, Te
     kept[0] = False
     plane = torch.arange(len(counts), device=label.device).repeat_interleave(counts)
     return (kept.cumsum(0) * kept)[label], torch.bincount(plane[kept[1:]], minlength=len(counts))
-
-
-@label_planes.register_fake
-def _(mask: Tensor, connectivity: int, min_size: int) -> tuple[Tensor, Tensor]:
-    del connectivity, min_size
-    return mask.new_empty(mask.shape, dtype=torch.int32), mask.new_empty(mask.shape[:1], dtype=torch.int32)
 
 
 class DenseSums(NamedTuple):

@@ -15,7 +15,7 @@ import fastinstance
 ROOT = Path(__file__).parent.parent
 # A module may import from the layers above its own in this list (and from its own).
 LAYERS = [
-    {"checks", "pixel"},
+    {"backend", "checks", "pixel"},
     {"planes", "ops"},
     {"partition"},
     {"terms"},

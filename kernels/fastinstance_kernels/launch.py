@@ -1,0 +1,49 @@
+"""What the launchers share: tile sizes, size limits, and the checks that come before a launch."""
+
+import torch
+from triton import knobs
+
+INTERPRETED = bool(knobs.runtime.interpret)
+"""Whether this process runs kernels in Triton's interpreter (`TRITON_INTERPRET=1` before the import)."""
+
+WORD = 32
+"""Pixels of a row that share one mask word, and the largest length of a run piece. A word is one int32."""
+
+TILE_ROWS = 8
+"""Mask words, one above the other, per program of `initialise`."""
+
+BLOCK = 256
+"""Consecutive pixels of a plane per program of the kernels that go over pixels in raster order."""
+
+JOIN_WORDS = 64
+"""Mask words per program of `join`: one for each lane of the widest warp (AMD's), none held twice."""
+
+SCAN_BLOCK = 4096
+SCAN_WARPS = 16
+"""`scan` is one program per plane: large steps, so that it takes few of them."""
+
+MAX_PLANE_PIXELS = 2**31 - 4096
+"""Indices inside a plane are int32, and the last block of a plane counts up to one block beyond its end."""
+
+MAX_PROGRAMS = 2**31 - 1
+"""The largest x extent of a CUDA grid. (y and z end at 65535 and are never used.)"""
+
+
+def check_device(x: torch.Tensor) -> None:
+    """Raise ValueError where the kernels cannot run on the tensor's device."""
+    if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
+        raise ValueError(
+            f"expected a CUDA tensor, got one on {x.device}; move it with .cuda(), "
+            "or set TRITON_INTERPRET=1 before the first import to interpret the kernels on the CPU"
+        )
+
+
+def programs(planes: int, per_plane: int) -> tuple[int]:
+    """The grid of a kernel with `per_plane` programs for each plane; ValueError if no device can have it."""
+    total = planes * per_plane
+    if total > MAX_PROGRAMS:
+        raise ValueError(
+            f"expected at most {MAX_PROGRAMS} tiles in a call, got {total} ({planes} planes of {per_plane}): "
+            "label fewer planes at a time"
+        )
+    return (total,)
