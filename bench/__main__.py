@@ -1,30 +1,36 @@
-"""Command line: `python -m bench NAME [--repeats N] [--out FILE.json]`."""
+"""Command line: `python -m bench cpu|label|aot [--repeats N] [--out FILE.json]`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import torch
 
-from . import cpu
 from .timing import machine
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["aot"]:
+        from . import aot
+
+        aot.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("name", choices=["cpu"], help="what to measure")
+    parser.add_argument("name", choices=["cpu", "label", "aot"], help="what to measure (aot: `python -m bench aot -h`)")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds (default 9)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
-    parser.add_argument("--no-loop", action="store_true", help="leave the slow loop reference out")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    result = cpu.run(repeats=options.repeats, loop=not options.no_loop)
+    bench = importlib.import_module(f".{options.name}", __package__)
+    result = bench.run(repeats=options.repeats)
     result["machine"] = machine()
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()), end="\n\n")
-    print(cpu.table(result))
+    print(bench.table(result))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")

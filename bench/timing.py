@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Time", "machine", "peak_bytes", "times"]
+__all__ = ["Time", "copy_bandwidth", "graphed", "machine", "peak_bytes", "times"]
 
 
 class Time(NamedTuple):
@@ -25,21 +25,45 @@ class Time(NamedTuple):
 
 
 def times(runs: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 2) -> dict[str, Time]:
-    """Wall time of each run, in rounds over all of them."""
+    """Wall time of each run until the device is done, in rounds over all of them."""
     for _ in range(warmup):
         for run in runs.values():
             run()
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
+            _wait()
             start = time.perf_counter()
             run()
+            _wait()
             samples[name].append(1e3 * (time.perf_counter() - start))
     result = {}
     for name, values in samples.items():
         quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
         result[name] = Time(statistics.median(values), quartiles[0], quartiles[-1])
     return result
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def graphed(run: Callable[[], object]) -> Callable[[], object]:
+    """The run as a CUDA graph: what is left is the device's work."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written per second by a large copy."""
+    source = torch.ones(1 << (28 if device == "cuda" else 26), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    time = times({"copy": lambda: target.copy_(source)}, repeats=9)["copy"]
+    return 2e3 * source.numel() / time.median
 
 
 def peak_bytes(prepare: Callable[[], Callable[[], object]]) -> int:
@@ -72,5 +96,6 @@ def machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "commit": commit,
     }

@@ -27,4 +27,4 @@ def test_in_the_interpreter(name: str) -> None:
 
 
 def test_there_is_something_to_run() -> None:
-    assert len(list(ROOT.glob("tests/interpreted/test_label*.py"))) == 2
+    assert len(list(ROOT.glob("tests/interpreted/test_label*.py"))) == 3

@@ -1,0 +1,70 @@
+"""The label operator: registered, compilable, and on the backend that was asked for."""
+
+import pytest
+import torch
+
+import fastinstance
+from fastinstance.ops import label_planes
+
+
+def mask(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.6
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 11), (2, 4, 5, 6), (0, 4, 4), (2, 0, 4)])
+def test_opcheck(shape: tuple[int, ...]) -> None:
+    full = 8 if len(shape) == 3 else 26
+    torch.library.opcheck(label_planes, (mask(*shape), None, full, 2))
+    torch.library.opcheck(label_planes, (mask(*shape).float() - 0.5, 0.25, full, 0))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    compiled = torch.compile(lambda m: fastinstance.label(m)[0] * 2, fullgraph=True, backend="aot_eager")
+    image = mask(2, 1, 8, 9)
+    assert torch.equal(compiled(image), fastinstance.label(image)[0] * 2)
+
+
+def test_threshold_equals_a_mask() -> None:
+    logits = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(1))
+    logits[0, 0, 0] = torch.nan
+    for mine, other in zip(label_planes(logits, 0.3, 8, 0), label_planes(logits >= 0.3, None, 8, 0), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 4, 4), (2, 0, 4, 4), (2, 1, 0, 4), (1, 1, 3, 0, 2)])
+def test_nothing_to_label(shape: tuple[int, ...]) -> None:
+    labels, counts = fastinstance.label(torch.ones(shape))
+    assert labels.shape == shape
+    assert counts.shape == shape[:2]
+    assert counts.sum() == 0
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="'triton' or 'torch', got 'cuda'"), fastinstance.use_backend("cuda"):
+        pass
+
+
+def test_triton_needs_a_device_it_can_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with (
+        fastinstance.use_backend("triton"),
+        pytest.raises(ValueError, match=r"expected a CUDA tensor.*TRITON_INTERPRET"),
+    ):
+        fastinstance.label(mask(1, 1, 4, 4))
+    assert fastinstance.label(mask(1, 1, 4, 4))[1] > 0  # the choice ends with the block
+
+
+def test_a_missing_triton_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastinstance import backend
+
+    class OnGPU:
+        is_cuda = True
+
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    backend._triton_is_missing.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="pip install triton"):
+            assert backend.backend_for(OnGPU()) == "torch"  # pyright: ignore[reportArgumentType]
+        assert backend.backend_for(OnGPU()) == "torch"  # pyright: ignore[reportArgumentType]
+    finally:
+        backend._triton_is_missing.cache_clear()
