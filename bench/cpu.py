@@ -84,7 +84,7 @@ def _check(scene: Scene, ours: Loss, loop: Loss) -> None:
 
 
 def _memory(name: str, threads: int) -> float:
-    """Bytes per pixel at the peak of one step, without input, target and gradient; in a process of its own."""
+    """Bytes per pixel at the peak of one step, without input, target and gradient."""
     torch.set_num_threads(threads)
     case = CASES[name]
     scene = case.scene()
@@ -97,6 +97,11 @@ def _memory(name: str, threads: int) -> float:
 
     pixels = scene.target.numel()
     return (peak_bytes(prepare) - 4 * pixels) / pixels
+
+
+def _memory_elsewhere(name: str) -> float:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_memory, (name, torch.get_num_threads()))
 
 
 def _milliseconds(time: Time) -> dict[str, float]:
@@ -125,15 +130,13 @@ def run(*, repeats: int = 9) -> dict[str, Any]:
         measured = times({key: _step(loss, scene) for key, loss in losses.items()}, repeats=repeats)
         if not rows:
             measured |= times({"loop": _step(slow, scene)}, repeats=1, warmup=0)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            memory = pool.apply(_memory, (name, torch.get_num_threads()))
         rows.append(
             {
                 "case": name,
                 "instances": int(counts.sum()),
                 "predicted": int(fi.label(scene.logits >= 0, connectivity=case.connectivity)[1].sum()),
                 "milliseconds": {key: _milliseconds(time) for key, time in measured.items()},
-                "bytes_per_pixel": round(memory, 1),
+                "bytes_per_pixel": round(_memory_elsewhere(name), 1),
                 "at_most": case.at_most,
                 "at_most_given": case.at_most_given,
             }
