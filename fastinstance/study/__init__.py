@@ -1,0 +1,1 @@
+"""Data, training and evaluation for the demo and the studies; needs the extra ``demo``."""
