@@ -91,7 +91,7 @@ CHOICES = {
     "blob": Choice(
         "BlobLoss",
         "the pixel loss and the loss of every true instance by itself (Kofler et al. 2023)",
-        "little difference on these lesions",
+        "no gain on these lesions",
         lambda: fastinstance.BlobLoss(sigmoid=True),
     ),
     "instance": Choice(
