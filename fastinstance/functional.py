@@ -26,7 +26,8 @@ from .checks import (
     check_values,
     reads_values,
 )
-from .ops import DenseSums, InstanceSums, foreground, instance_sums, label_planes
+from .components import foreground, label_planes
+from .ops import DenseSums, InstanceSums, instance_sums
 from .partition import Partition, partition
 from .pixel import InverseWeightedDice, SeparableLoss, Sums, resolve
 from .planes import Planes, to_planes

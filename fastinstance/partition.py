@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .ops import components_at, drop_small, foreground
+from .components import components_at, drop_small, foreground
 
 __all__ = ["Partition", "Side", "partition"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastinstance
-from fastinstance.ops import label_planes
+from fastinstance.components import label_planes
 
 
 def mask(*shape: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import from the layers above its own in this list (and from its own).
 LAYERS = [
     {"backend", "checks", "pixel"},
-    {"planes", "ops"},
+    {"components", "ops", "planes"},
     {"partition"},
     {"terms"},
     {"functional", "reference"},

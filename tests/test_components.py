@@ -1,0 +1,66 @@
+"""The two ways to label on the CPU: runs, for sparse masks, and the image, for others."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+import fastinstance
+from fastinstance import components
+
+STRUCTURES = {
+    connectivity: ndimage.generate_binary_structure(axes, order)
+    for axes, order, connectivity in ((2, 1, 4), (2, 2, 8), (3, 1, 6), (3, 2, 18), (3, 3, 26))
+}
+
+
+def spiral(side: int) -> torch.Tensor:
+    """One pixel wide, one component that winds inwards: many rounds of joining."""
+    mask = torch.zeros(side, side, dtype=torch.bool)
+    y, x, dy, dx = 0, 0, 0, 1
+    mask[0, 0] = True
+    for length in (n for k in range(side - 1, 0, -2) for n in (k, k)):
+        for _ in range(length):
+            y, x = y + dy, x + dx
+            mask[y, x] = True
+        dy, dx = dx, -dy
+    return mask
+
+
+def check(mask: torch.Tensor, connectivity: int) -> None:
+    """Ids and counts are scipy's, which are in raster order."""
+    labels, counts = fastinstance.label(mask, connectivity=connectivity)
+    for plane in np.ndindex(*mask.shape[:2]):
+        truth, number = ndimage.label(mask[plane].numpy(), STRUCTURES[connectivity])
+        assert int(counts[plane]) == number
+        np.testing.assert_array_equal(labels[plane].numpy(), truth)
+
+
+@pytest.mark.parametrize("sparse", [0, 10**9], ids=["runs", "image"])
+@pytest.mark.parametrize("connectivity", STRUCTURES)
+def test_both_equal_scipy(sparse: int, connectivity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(components, "_SPARSE", sparse)
+    rng = np.random.default_rng(connectivity)
+    axes = STRUCTURES[connectivity].ndim
+    for _ in range(60):
+        shape = (*rng.integers(1, 3, 2), *rng.integers(1, 14 if axes == 2 else 7, axes))
+        check(torch.from_numpy(rng.random(shape) < rng.random()), connectivity)
+
+
+@pytest.mark.parametrize("sparse", [0, 10**9], ids=["runs", "image"])
+@pytest.mark.parametrize("connectivity", [4, 8])
+def test_long_components(sparse: int, connectivity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(components, "_SPARSE", sparse)
+    comb = torch.zeros(41, 41, dtype=torch.bool)
+    comb[:, ::2] = True
+    comb[-1] = True
+    for mask in (spiral(41), spiral(41).flip(0), comb, comb.T, comb.flip(0), torch.eye(41, dtype=torch.bool)):
+        check(mask[None, None], connectivity)
+
+
+def test_sparse_masks_take_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.zeros(2, 1, 64, 64, dtype=torch.bool)
+    mask[..., 5:9, 5:9] = True
+    expected = fastinstance.label(mask)
+    monkeypatch.setattr(components, "_label_image", None)
+    assert all(map(torch.equal, fastinstance.label(mask), expected))
