@@ -88,19 +88,21 @@ def _blocks(planes: int, pixels: int, target: Tensor) -> Iterator[_Block]:
         yield _Block(slice(first, -(-stop // pixels)), slice(start, stop), inside - start, inside // pixels - first)
 
 
-def _wrong_and_cost(wrong: Tensor, target: Tensor, logits: bool, with_cost: bool) -> tuple[Tensor, Tensor | None]:
-    """Pixels x -> w = |p - G|, in place, and c = -log(1 - w); G = 1 at the positions `target`.
+def _wrong_and_cost(x: Tensor, target: Tensor, logits: bool, with_cost: bool) -> tuple[Tensor, Tensor | None]:
+    """w = |p - G| and c = -log(1 - w) of pixels x, G = 1 at the positions `target`.
 
     From logits both come from the logit of the wrong answer, so that nothing cancels at either end.
     """
-    positives = wrong.index_select(0, target)
+    positives = x.index_select(0, target)
     if not logits:
-        wrong.scatter_(0, target, 1 - positives)
+        wrong = x.scatter(0, target, 1 - positives)
         return wrong, cost_of(wrong) if with_cost else None
-    wrong.scatter_(0, target, -positives)
-    exact_from = 20 if wrong.dtype == torch.float32 else 40  # softplus(x) = x to the last bit
-    cost = F.softplus(wrong, threshold=exact_from) if with_cost else None
-    return wrong.sigmoid_(), cost
+    wrong = x.sigmoid().scatter_(0, target, (-positives).sigmoid_())
+    if not with_cost:
+        return wrong, None
+    exact_from = 20 if x.dtype == torch.float32 else 40  # softplus(x) = x to the last bit
+    cost = F.softplus(x, threshold=exact_from)
+    return wrong, cost.scatter_(0, target, F.softplus(-positives, threshold=exact_from))
 
 
 class _DensePart(NamedTuple):
@@ -118,7 +120,7 @@ def _dense_sums(values: Tensor, logits: bool, request: DenseSums, keep: bool) ->
     power = 2 if request.squared else 1
     parts = []
     for block in _blocks(planes, pixels, request.target):
-        x = values.view(-1)[block.pixels].clone()
+        x = values.view(-1)[block.pixels]
         w, c = _wrong_and_cost(x, block.target, logits, request.pointwise is not None)
         missed = w.index_select(0, block.target)  # w where G = 1, where p = 1 - w
         rows = table[block.planes]
