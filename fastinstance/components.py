@@ -49,9 +49,9 @@ def components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tens
 def _components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
     """`components_at` on the CPU: no image of labels is made."""
     planes, *size = mask.shape
-    if len(pixels) == 0:
-        return pixels, torch.zeros(planes, dtype=torch.int64)
     inside = mask.reshape(-1).index_select(0, pixels).nonzero().squeeze(1)
+    if len(inside) == 0:
+        return torch.zeros_like(pixels), torch.zeros(planes, dtype=torch.int64)
     runs = _Runs.of(pixels.index_select(0, inside), size)
     if len(runs.start) * _SPARSE <= mask.numel():
         label, first = _label_runs(runs, size, connectivity)

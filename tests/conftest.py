@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 # How long an example takes says nothing on a shared machine.
 settings.register_profile(
     "ci",
-    max_examples=100,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     print_blob=True,

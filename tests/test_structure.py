@@ -15,7 +15,7 @@ import fastinstance
 ROOT = Path(__file__).parent.parent
 # A module may import from the layers above its own in this list (and from its own).
 LAYERS = [
-    {"backend", "checks", "pixel"},
+    {"backend", "boxes", "checks", "pixel"},
     {"components", "ops", "planes"},
     {"partition"},
     {"terms"},
@@ -125,6 +125,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(built):
 
 def test_the_sdist_can_run_the_tests(built):
     (sdist,) = built.glob("*.tar.gz")
-    names = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {"tests/test_structure.py", "bench/cpu.py", "Makefile", "constraints.txt", "LICENSE", "README.md"} <= names
     assert not any(name.startswith((".venv", "demo", "dist")) for name in names)
