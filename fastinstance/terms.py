@@ -7,12 +7,13 @@ it is ordinary differentiable torch on small float64 tensors: what touches pixel
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .boxes import nearest_boxes
 from .partition import Partition, Side
 from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums, cost_of
 
@@ -29,8 +30,6 @@ __all__ = [
     "plane_mean",
     "proximity",
 ]
-
-_PAIR_BLOCK = 1 << 17  # pairs of boxes compared at once: the temporaries stay in cache
 
 
 class InstanceTerms(NamedTuple):
@@ -258,81 +257,20 @@ def center_sums(
     )
 
 
-class _Boxes(NamedTuple):
-    """Boxes [..., axes] float64."""
-
-    lower: Tensor
-    upper: Tensor
-    center: Tensor
-
-    def at(self, *index: slice | None) -> _Boxes:
-        return _Boxes(*(corner[index] for corner in self))
-
-
-def _by_plane(side: Side, lower: Tensor, upper: Tensor) -> tuple[_Boxes, Tensor]:
-    """Boxes as [planes, most entries, axes], and each row's place in the flattened first two axes."""
-    planes, most = len(side.entries), int(side.entries.max())
-    order = side.plane.argsort(stable=True)
-    begin = side.entries.cumsum(0) - side.entries
-    place = torch.empty_like(order)
-    place[order] = torch.arange(side.rows, device=order.device)
-    place = side.plane * most + place - begin[side.plane]
-    shape = (planes * most, lower.shape[1])
-    # An unused slot holds a box infinitely far from everything.
-    boxes = _Boxes(lower.new_zeros(shape), lower.new_ones(shape), lower.new_full(shape, math.inf))
-    for corner, values in zip(boxes, (lower, upper, (lower + upper) / 2), strict=True):
-        corner[place] = values
-    return _Boxes(*(corner.view(planes, most, -1) for corner in boxes)), place
-
-
-def _plane_blocks(planes: int, n: int, m: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of planes and of their first side's rows with about _PAIR_BLOCK pairs each."""
-    together = max(1, _PAIR_BLOCK // (n * m))
-    rows = max(1, min(n, _PAIR_BLOCK // m))
-    for plane in range(0, planes, together):
-        for row in range(0, n, rows):
-            yield slice(plane, plane + together), slice(row, row + rows)
-
-
-def _distance_iou(a: _Boxes, b: _Boxes) -> Tensor:
-    """Eq. 7: Distance-IoU loss 1 - IoU + ρ²/τ² (Zheng et al. 2020) of boxes that broadcast."""
-    intersection = volume_a = volume_b = a.lower.new_ones(())
-    rho = tau = a.lower.new_zeros(())
-    for axis in range(a.lower.shape[-1]):
-        low_a, high_a, center_a = (corner[..., axis] for corner in a)
-        low_b, high_b, center_b = (corner[..., axis] for corner in b)
-        length_a, length_b = high_a - low_a, high_b - low_b
-        shared = torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b)  # negative: the gap
-        intersection = intersection * shared.clamp(min=0)
-        volume_a, volume_b = volume_a * length_a, volume_b * length_b
-        rho = rho + (center_a - center_b).square()
-        tau = tau + (length_a + length_b - shared).square()
-    return 1 - intersection / (volume_a + volume_b - intersection) + rho / tau
-
-
-@torch.no_grad()
-def nearest_boxes(part: Partition, spacing: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """min_m D(n, m) for every row n of the ground truth and min_n D(n, m) for every row m of the prediction."""
-    scale = torch.tensor(spacing, dtype=torch.float64, device=part.pixels.device)
-    (a, place_a), (b, place_b) = (
-        _by_plane(side, *(corner * scale for corner in part.boxes(side))) for side in (part.target, part.pred)
-    )
-    planes, n, m = *a.lower.shape[:2], b.lower.shape[1]
-    best_a, best_b = a.lower.new_full((planes, n), math.inf), a.lower.new_full((planes, m), math.inf)
-    for plane, row in _plane_blocks(planes, n, m):
-        distance = _distance_iou(a.at(plane, row, None), b.at(plane, None))  # [planes, rows, M]
-        best_a[plane, row] = distance.amin(2)
-        best_b[plane] = torch.minimum(best_b[plane], distance.amin(1))
-    return best_a.view(-1)[place_a], best_b.view(-1)[place_b]
-
-
 def proximity(part: Partition, loss_gt: Tensor, loss_pred: Tensor, spacing: Sequence[float]) -> Tensor:
     """Eqs. 7 to 10: (S_P - S_GT)² of each plane, `[planes]`, S the sum of D·L over the instances of a side.
 
     D is the Distance-IoU loss to the nearest box of the other side, measured with `spacing`; it is held fixed in the
     gradient, which is exact through the instance losses L.
     """
-    distance_gt, distance_pred = nearest_boxes(part, spacing)
+    truth, pred = part.target, part.pred
+    scale = torch.tensor(spacing, dtype=torch.float64, device=part.pixels.device)
+    (lower, upper), (pred_lower, pred_upper) = (
+        [corner * scale for corner in part.boxes(side)] for side in (truth, pred)
+    )
+    distance_gt, distance_pred = nearest_boxes(
+        lower, upper, truth.plane, pred_lower, pred_upper, pred.plane, len(truth.entries)
+    )
     one = torch.ones_like(part.target.entries)
     pull = plane_mean(distance_pred * loss_pred, part.pred, one)
     return (pull - plane_mean(distance_gt * loss_gt, part.target, one)).square()
