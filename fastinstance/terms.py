@@ -205,8 +205,8 @@ def _draw_boxes(part: Partition, side: Side, center_size: Sequence[int], valid: 
     nowhere, window = len(side.per_plane) * math.prod(part.size), math.prod(center_size)
     flat = position.where(inside, nowhere).flatten()
     row = torch.arange(side.real, device=device, dtype=torch.int32).repeat_interleave(window)
-    owner = torch.empty(nowhere + 1, dtype=torch.int32, device=device)  # only read where written
-    owner.scatter_reduce_(0, flat, row, "amin", include_self=False)
+    owner = torch.full((nowhere + 1,), side.real, dtype=torch.int32, device=device)
+    owner.scatter_reduce_(0, flat, row, "amin")
     owned = (owner.index_select(0, flat) == row) & inside.flatten()
     if valid is not None:
         owned &= valid.flatten().index_select(0, flat.clamp(max=nowhere - 1))
