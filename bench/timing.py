@@ -24,7 +24,7 @@ class Time(NamedTuple):
     high: float
 
 
-def times(runs: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 2) -> dict[str, Time]:
+def times(runs: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 5) -> dict[str, Time]:
     """Wall time of each run until the device is done, in rounds over all of them."""
     for _ in range(warmup):
         for run in runs.values():
