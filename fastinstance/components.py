@@ -53,12 +53,18 @@ def _components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Ten
     if len(inside) == 0:
         return torch.zeros_like(pixels), torch.zeros(planes, dtype=torch.int64)
     runs = _Runs.of(pixels.index_select(0, inside), size)
-    if len(runs.start) * _SPARSE <= mask.numel():
+    found = None
+    if len(runs.start) * _SPARSE > mask.numel():
+        try:
+            found = _label_image(mask, pixels, connectivity)
+        except RuntimeError:  # cc3d reserves too few labels for some of the densest specks
+            found = None
+    if found is None:
         label, first = _label_runs(runs, size, connectivity)
         label = torch.zeros_like(pixels).index_copy_(0, inside, label.index_select(0, runs.run))
         first = pixels.index_select(0, inside).index_select(0, first)
     else:
-        label, first = _label_image(mask, pixels, connectivity)
+        label, first = found
     return label, torch.bincount(first // math.prod(size), minlength=planes)
 
 

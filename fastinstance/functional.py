@@ -167,6 +167,8 @@ class _Scene:
     def seg(self, whole: Tensor, positives: Tensor, part: Partition | None, raw_instances: Tensor | None) -> Tensor:
         """The pixel term from the sums of each plane and, for the inverse-weighted Dice, of each instance."""
         planes, loss = self.planes, self.settings.pixel
+        if self.poison is not None:  # before the channels of an image are joined
+            whole = whole * self.poison[:, None]
         plane = positives // planes.values.shape[1]
         number = torch.bincount(plane, minlength=len(planes.omega)).double()
         sums = Sums(whole[:, 0], whole[:, 1], number, whole[:, 2])

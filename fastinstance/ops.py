@@ -96,7 +96,7 @@ def _wrong_and_cost(x: Tensor, target: Tensor, logits: bool, with_cost: bool) ->
     positives = x.index_select(0, target)
     if not logits:
         wrong = x.scatter(0, target, 1 - positives)
-        return wrong, cost_of(wrong) if with_cost else None
+        return wrong, cost_of((1 - x).scatter_(0, target, positives)) if with_cost else None
     wrong = x.sigmoid().scatter_(0, target, (-positives).sigmoid_())
     if not with_cost:
         return wrong, None

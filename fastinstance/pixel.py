@@ -45,9 +45,9 @@ class Sums(NamedTuple):
     pointwise: Tensor  # Σ v(w, c), zero for a loss without a pointwise part
 
 
-def cost_of(wrong: Tensor) -> Tensor:
-    """`-log(max(1 - w, EPS))` of a given probability w of the wrong answer; its derivative is 0 below EPS."""
-    return -(1 - wrong).clamp(min=EPS).log()
+def cost_of(right: Tensor) -> Tensor:
+    """`-log(max(r, EPS))` of a given probability r of the right answer; its derivative is 0 below EPS."""
+    return -right.clamp(min=EPS).log()
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Pointwise:
         power = wrong**self.gamma if self.gamma else 1.0
         if logits:
             return torch.add(wrong, torch.addcmul(cost, cost, wrong, value=-1), alpha=self.gamma).mul_(power)
-        right = 1 - wrong
-        slope = power * torch.where(right >= EPS, right.clamp(min=EPS).reciprocal(), 0.0)
+        # exp(c) is 1 / (1 - w) without its cancellation; c at its limit is constant.
+        slope = power * torch.where(cost < -math.log(EPS) * (1 - 1e-6), cost.exp(), 0.0)
         return slope + self.gamma * wrong ** (self.gamma - 1) * cost if self.gamma else slope
 
     @property

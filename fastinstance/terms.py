@@ -246,8 +246,8 @@ def center_sums(
     pointwise = torch.zeros_like(target)
     if loss.pointwise is not None:
         hit, miss = 1 - amplitude, amplitude
-        right = area[:, 1] * loss.pointwise(hit, cost_of(hit))
-        wrong = area[:, 0] * loss.pointwise(miss, cost_of(miss))
+        right = area[:, 1] * loss.pointwise(hit, cost_of(miss))
+        wrong = area[:, 0] * loss.pointwise(miss, cost_of(hit))
         pointwise = per_plane(right + wrong) + (target - per_plane(area[:, 1])) * loss.pointwise.missed
     return Sums(
         intersection=per_plane(area[:, 1] * amplitude),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,15 @@ def test_components_are_those_of_scipy(case: tuple[Tensor, int | None, int]) -> 
 def test_large_patterns(name: str, ndim: int, connectivity: int) -> None:
     mask = pattern(name, (130, 67) if ndim == 2 else (17, 34, 21))
     check(torch.stack([mask, ~mask, mask.flip(-1)])[None], connectivity)
+
+
+@pytest.mark.parametrize(("ndim", "connectivity"), STEPS)
+def test_as_many_components_as_fit(ndim: int, connectivity: int) -> None:
+    """Specks and checkerboards of every small shape: labellers reserve room for as many labels as they think fit."""
+    for shape in itertools.product(range(1, 8 if ndim == 2 else 5), repeat=ndim):
+        densest = torch.stack([pattern(name, shape) for name in ("specks", "checkerboard")])
+        check(densest[None], connectivity)
+        check(densest[:1, None], connectivity)
 
 
 def test_thousands_of_specks() -> None:

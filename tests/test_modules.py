@@ -422,6 +422,15 @@ def test_what_is_not_finite_spoils_its_plane_alone(activation: str, value: float
         assert_close(getattr(found, name)[~hit], getattr(expected, name)[~hit], name=name)
 
 
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("pixel_loss", ["generalized_dice", "gdf"])
+def test_what_is_not_finite_spoils_a_pixel_loss_that_couples_channels(pixel_loss: str, value: float) -> None:
+    input, target = example(2, 3, 8, 9)
+    seg = functional.pixel_loss(spoilt(input, value), target, sigmoid=True, pixel_loss=pixel_loss, reduction="none")
+    assert seg[0].isnan().all()
+    assert seg[1].isfinite().all()
+
+
 @settings(max_examples=EXAMPLES // 2)
 @given(scene=scenes(labels=True), value=st.sampled_from((NAN, INF, -INF)), place=st.integers(0, 10**6))
 def test_what_is_not_finite_makes_every_term_nan(scene: Scene, value: float, place: int) -> None:

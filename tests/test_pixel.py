@@ -294,6 +294,17 @@ def test_logarithms_of_probabilities_are_clamped() -> None:
     assert_close(found["gradient"].flatten(), torch.tensor([0, 0, 1, 0.25]).double())
 
 
+@pytest.mark.parametrize("p", [1e-2, 1e-4, 1e-6, 2e-7])
+def test_small_probabilities_keep_their_digits_in_float32(p: float) -> None:
+    input = torch.tensor([[[[p]]]])
+    missed = value_and_gradient(pixel("ce"), input, torch.ones(1, 1, 1, 1))
+    assert_close(missed["value"], -input.double().log().flatten(), rtol=1e-5)
+    assert_close(missed["gradient"], -1 / input.double(), rtol=1e-5)
+    right = value_and_gradient(pixel("ce"), input, torch.zeros(1, 1, 1, 1))
+    assert_close(right["value"], -torch.log1p(-input.double()).flatten(), rtol=1e-5, atol=1e-7)
+    assert_close(right["gradient"], 1 / (1 - input.double()), rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["ce", "focal", "dicece", "gdf"])
 def test_logarithms_of_logits_are_not_clamped(name: str, dtype: torch.dtype) -> None:
