@@ -121,7 +121,7 @@ def terms_and_gradients(
     return found
 
 
-def check_against_reference(case: Case, *, blob: bool = False, **tolerances: Any) -> None:
+def check_against_reference(case: Case, *, blob: bool = False) -> None:
     name = "blob_terms" if blob else "instance_terms"
     found = terms_and_gradients(getattr(functional, name), case)
     expected = terms_and_gradients(getattr(reference, name), case, torch.float64)
@@ -130,6 +130,12 @@ def check_against_reference(case: Case, *, blob: bool = False, **tolerances: Any
         value_dtype = torch.float64 if wide else torch.float32
         dtype = case.scene.input.dtype if name.startswith("gradient") else value_dtype
         assert found[name].dtype == dtype, name
+        tolerances: dict[str, Any] = {}
+        if not wide:
+            # The slope of a saturated pixel is p (1 - p), of which float32 keeps few digits: an error in proportion
+            # to the term, however small the gradient.
+            value = expected[name.removeprefix("gradient of ")].abs().amax().item()
+            tolerances = {"relative_to": "largest", "atol": 1e-5 * (1 + value)}
         assert_close(found[name], expected[name], name=name, **tolerances)
 
 
@@ -149,7 +155,11 @@ def test_blob_terms_equal_the_reference(case: Case) -> None:
 @given(cases(dtypes=tuple(dtype for dtype in FLOATS if dtype != torch.float64)))
 def test_lower_precision_is_close_to_the_reference(case: Case) -> None:
     """float32 and half precision against the reference on the same numbers in float64."""
-    check_against_reference(case, relative_to="largest")
+    if "other_act" in case.options:
+        # The same float32 probabilities for both: what the activation rounds off 1 - p, no loss can know.
+        narrow = {"other_act": lambda x: double_sigmoid(x.float()).to(x.dtype)}
+        case = case._replace(options={**case.options, **narrow})
+    check_against_reference(case)
 
 
 @settings(max_examples=EXAMPLES // 2)
