@@ -29,7 +29,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-_POINTERS = ("parents", "words", "block_counts", "block_starts", "sizes", "counts", "labels")
+_POINTERS = ("mask", "heads", "parents", "block_counts", "block_starts", "sizes", "counts", "labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,21 +52,23 @@ class Variant:
 
 def label_variants() -> Iterator[Variant]:
     """The labelling kernels as `label_planes` launches them, for every connectivity and kind of input."""
-    tile = launch.TILE_ROWS * launch.WORD
     rows = {"ROWS": launch.TILE_ROWS}
-    logits = {"THRESHOLD": True, "VOLUME": False, "DIAGONAL": True, **rows}
-    yield Variant("initialise 2D-8", label.initialise, logits, 1, tile)
-    for name, image in {"float16": "*fp16", "bfloat16": "*bf16"}.items():
-        yield Variant(f"initialise 2D-8 {name}", label.initialise, logits, 1, tile, image)
+    tile = launch.TILE_ROWS * launch.WORD
+    for name, image in {"": "*fp32", " float16": "*fp16", " bfloat16": "*bf16"}.items():
+        yield Variant(f"pack{name}", label.pack_mask, {"THRESHOLD": True, **rows}, 1, tile, image)
     for name, image in {"mask": "*u8", "int64": "*i64", "nonzero float": "*fp32", "float64": "*fp64"}.items():
-        constants = {**logits, "THRESHOLD": False}
-        yield Variant(f"initialise 2D-8 {name}", label.initialise, constants, 1, tile, image)
-    for name, changed in {
-        "2D-4": {"DIAGONAL": False},
-        "3D-6": {"VOLUME": True, "DIAGONAL": False},
-        "3D-18/26": {"VOLUME": True},
+        yield Variant(f"pack {name}", label.pack_mask, {"THRESHOLD": False, **rows}, 1, tile, image)
+
+    words = {"WORDS": launch.BLOCK_WORDS}
+    pixels = launch.BLOCK_WORDS * launch.WORD
+    for name, values in {
+        "2D-4": (False, False),
+        "2D-8": (False, True),
+        "3D-6": (True, False),
+        "3D-18/26": (True, True),
     }.items():
-        yield Variant(f"initialise {name}", label.initialise, {**logits, **changed}, 1, tile)
+        constants = {**dict(zip(("VOLUME", "DIAGONAL"), values, strict=True)), **words}
+        yield Variant(f"initialise {name}", label.initialise, constants, 1, pixels)
 
     flags = ("NUMBER", "MEASURED", "CLEAR_SIZES")
     for name, values in {
@@ -75,8 +77,8 @@ def label_variants() -> Iterator[Variant]:
         "flatten, clear sizes": (False, False, True),
         "flatten, number by size": (True, True, False),
     }.items():
-        constants = {**dict(zip(flags, values, strict=True)), "BLOCK": launch.BLOCK}
-        yield Variant(name, label.flatten, constants, 1, launch.BLOCK)
+        constants = {**dict(zip(flags, values, strict=True)), **words}
+        yield Variant(name, label.flatten, constants, 1, pixels)
 
     flags = ("VOLUME", "AXIS_DIAGONAL", "CORNERS", "CORNER_DIAGONAL")
     for name, values in {
@@ -86,14 +88,12 @@ def label_variants() -> Iterator[Variant]:
         "3D-18": (True, True, True, False),
         "3D-26": (True, True, True, True),
     }.items():
-        constants = {**dict(zip(flags, values, strict=True)), "BLOCK": launch.JOIN_WORDS}
-        pixels = launch.JOIN_WORDS * launch.WORD
+        constants = {**dict(zip(flags, values, strict=True)), **words}
         yield Variant(f"join {name}", label.join, constants, 1, pixels)
 
-    block = {"BLOCK": launch.BLOCK}
-    yield Variant("measure", label.measure, block, 1, launch.BLOCK)
+    yield Variant("measure", label.measure, words, 1, pixels)
     yield Variant("scan", label.scan, {"BLOCK": launch.SCAN_BLOCK}, launch.SCAN_WARPS, 0)
-    yield Variant("write", label.write, block, 1, launch.BLOCK)
+    yield Variant("write", label.write, rows, 1, tile)
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:

@@ -14,23 +14,12 @@ from torch import Tensor
 import fastinstance as fi
 from fastinstance import reference
 
-from .scenes import Scene, balls, noise
+from .scenes import PAPER, WEIGHTS, Scene, balls, noise
 from .timing import Time, peak_bytes, times
 
 __all__ = ["CASES", "run", "table"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-WEIGHTS = {
-    "seg": 1.0,
-    "instance_gt": 1.0,
-    "instance_pred": 1.0,
-    "center": 1.0,
-    "false_gt": 1.0,
-    "false_pred": 1.0,
-    "proximity": 0.1,
-}
-PAPER = (48, 256, 256)  # the paper's mini-batch: 2 subjects × 24 slices
 
 
 @dataclass(frozen=True)

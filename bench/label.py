@@ -43,6 +43,11 @@ CASES: dict[str, Callable[[], Tensor]] = {
     "4096², noise 50 %": lambda: _random(0.5, 1, 4096, 4096),
     "2×128³, blobs": lambda: balls((2, 128, 128, 128), 100, 0, (2, 7)).target > 0,
 }
+SMALL: dict[str, Callable[[], Tensor]] = {
+    "noise": lambda: _random(0.5, 2, 33, 47),
+    "snakes": lambda: _snake(2, 8, 9),
+    "volume": lambda: _random(0.3, 1, 9, 11, 35),
+}
 
 
 def _per_plane(label: Callable[[Any], object]) -> Labeller:
@@ -50,33 +55,43 @@ def _per_plane(label: Callable[[Any], object]) -> Labeller:
 
 
 def _peers(device: str, axes: int) -> dict[str, Labeller]:
-    """The labellers at hand on this device, full connectivity."""
+    """The labellers that work on this device, if they are installed; full connectivity."""
     found: dict[str, Labeller] = {}
     full = np.ones((3,) * axes, dtype=int)
-    if device == "cpu" and importlib.util.find_spec("scipy"):
+
+    def scipy(plane: Tensor) -> object:
         from scipy import ndimage
 
-        found["scipy"] = _per_plane(lambda plane: ndimage.label(plane.numpy(), full))
-    if device == "cpu":
+        return ndimage.label(plane.numpy(), full)
+
+    def cc3d(plane: Tensor) -> object:
         import cc3d
 
-        connectivity = 8 if axes == 2 else 26
-        found["cc3d"] = _per_plane(lambda p: cc3d.connected_components(p.numpy(), connectivity=connectivity))  # pyright: ignore
-    if axes == 2 and importlib.util.find_spec("kornia"):
+        return cc3d.connected_components(plane.numpy(), connectivity=8 if axes == 2 else 26)  # pyright: ignore
+
+    def kornia(mask: Tensor) -> object:
         from kornia.contrib import connected_components
 
-        found["kornia, 128 iterations"] = lambda mask: connected_components(mask.float(), num_iterations=128)
-    if device == "cuda" and importlib.util.find_spec("cupyx"):
-        import cupy  # pyright: ignore[reportMissingImports]
-        from cupyx.scipy import ndimage as cupy_ndimage  # pyright: ignore[reportMissingImports]
+        return connected_components(mask.float(), num_iterations=128)
 
-        structure = cupy.ones((3,) * axes)
-        found["cupyx"] = _per_plane(lambda plane: cupy_ndimage.label(cupy.asarray(plane), structure))
-    if device == "cuda" and importlib.util.find_spec("cucim"):
+    def cupyx(plane: Tensor) -> object:
+        import cupy  # pyright: ignore[reportMissingImports]
+        from cupyx.scipy import ndimage  # pyright: ignore[reportMissingImports]
+
+        return ndimage.label(cupy.asarray(plane), cupy.ones((3,) * axes))
+
+    def cucim(plane: Tensor) -> object:
         import cupy  # pyright: ignore[reportMissingImports]
         from cucim.skimage.measure import label  # pyright: ignore[reportMissingImports]
 
-        found["cucim"] = _per_plane(lambda plane: label(cupy.asarray(plane)))
+        return label(cupy.asarray(plane))
+
+    if device == "cpu":
+        found |= {"scipy": _per_plane(scipy), "cc3d": _per_plane(cc3d)}
+    if axes == 2:
+        found["kornia, 128 iterations"] = kornia
+    if device == "cuda":
+        found |= {"cupyx": _per_plane(cupyx), "cucim": _per_plane(cucim)}
     return found
 
 
@@ -92,31 +107,54 @@ def _check(mask: Tensor) -> int:
     return int(counts.sum())
 
 
-def run(*, repeats: int = 15) -> dict[str, Any]:
-    """Time `fastinstance.label` and the peers on CUDA if there is a device, else on the CPU."""
+def _working(runs: dict[str, Callable[[], object]], errors: dict[str, str]) -> dict[str, Callable[[], object]]:
+    """Those of the runs that do not fail."""
+    found = {}
+    for name, run in runs.items():
+        try:
+            run()
+            found[name] = run
+        except Exception as error:
+            errors[name] = _said(error)
+    return found
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()[:500]}"
+
+
+def run(*, repeats: int = 15, small: bool = False) -> dict[str, Any]:
+    """Time `fastinstance.label` and the peers on CUDA if there is a device, else on the CPU.
+
+    `small` inputs only show that everything runs.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bandwidth = copy_bandwidth(device)
     rows = []
-    for name, make in CASES.items():
+    for name, make in SMALL.items() if small else CASES.items():
         mask = make().to(device)
-        components = _check(mask)
+        row: dict[str, Any] = {"case": name, "pixels": mask.numel(), "milliseconds": {}, "errors": {}}
+        errors: dict[str, str] = row["errors"]
+        rows.append(row)
+        try:
+            row["components"] = _check(mask)
+        except Exception as error:
+            errors["ours"] = _said(error)
+            continue
         runs: dict[str, Callable[[], object]] = {"ours": lambda mask=mask: fi.label(mask)}
         if device == "cuda":
-            runs["ours, graph"] = graphed(lambda mask=mask: fi.label(mask))
+            try:
+                runs["ours, graph"] = graphed(runs["ours"])
+            except Exception as error:
+                errors["ours, graph"] = _said(error)
         measured = times(runs, repeats=repeats)
         peers = {key: lambda peer=peer, mask=mask: peer(mask) for key, peer in _peers(device, mask.ndim - 2).items()}
         slow = {key: peers.pop(key) for key in list(peers) if key.startswith("kornia")}
-        measured |= times(peers, repeats=repeats)
+        measured |= times(_working(peers, errors), repeats=repeats)
         if mask.numel() <= 48 * 256**2:
-            measured |= times(slow, repeats=1, warmup=0)
-        rows.append(
-            {
-                "case": name,
-                "pixels": mask.numel(),
-                "components": components,
-                "milliseconds": {key: {k: round(v, 4) for k, v in t._asdict().items()} for key, t in measured.items()},
-            }
-        )
+            measured |= times(_working(slow, errors), repeats=1, warmup=0)
+        row["milliseconds"] = {key: {k: round(v, 4) for k, v in t._asdict().items()} for key, t in measured.items()}
+        print(name, {key: value["median"] for key, value in row["milliseconds"].items()}, errors, flush=True)
     return {"bench": "label", "device": device, "copy_bytes_per_second": bandwidth, "rows": rows}
 
 
@@ -129,9 +167,12 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in result["rows"]:
         time = {key: Time(**value) for key, value in row["milliseconds"].items()}
-        best = time["ours, graph" if graph else "ours"].median
+        if "ours" not in time:
+            lines.append(f"| {row['case']} | {row['errors']['ours'].splitlines()[0]} |")
+            continue
+        best = time.get("ours, graph", time["ours"]).median
         cells = [row["case"], row["components"], f"{time['ours'].median:.3f}"]
-        cells += [f"{best:.3f}"] if graph else []
+        cells += [f"{best:.3f}" if "ours, graph" in time else "—"] if graph else []
         cells += [
             f"{row['pixels'] / best / 1e6:.2f}",
             f"{5e3 * row['pixels'] / best / result['copy_bytes_per_second']:.1%}",

@@ -8,7 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Scene", "balls", "noise"]
+__all__ = ["PAPER", "WEIGHTS", "Scene", "balls", "noise", "specks", "spread"]
+
+WEIGHTS = {
+    "seg": 1.0,
+    "instance_gt": 1.0,
+    "instance_pred": 1.0,
+    "center": 1.0,
+    "false_gt": 1.0,
+    "false_pred": 1.0,
+    "proximity": 0.1,
+}
+PAPER = (48, 256, 256)  # the paper's mini-batch: 2 subjects × 24 slices
 
 
 class Scene(NamedTuple):
@@ -56,7 +67,41 @@ def balls(
     return Scene(torch.from_numpy(_logits(mask, rng)[:, None]), torch.from_numpy(target[:, None].astype(np.float32)))
 
 
-def noise(scene: Scene, *, seed: int = 0) -> Scene:
-    """The target of `scene` with logits of an untrained network: half of the pixels are foreground."""
+def noise(scene: Scene, *, shift: float = 0, seed: int = 0) -> Scene:
+    """The target of `scene` with noise for logits: half of the pixels are foreground, fewer with a negative `shift`."""
     generator = torch.Generator().manual_seed(seed)
-    return scene._replace(logits=torch.randn(scene.logits.shape, generator=generator))
+    return scene._replace(logits=torch.randn(scene.logits.shape, generator=generator) + shift)
+
+
+def spread(shape: tuple[int, ...], instances: int, foreground: float, *, seed: int = 0) -> Scene:
+    """Exactly `instances` separate discs in the batch of `shape` [B, H, W] that fill a share of it, all of them found.
+
+    The predicted ones are displaced by up to a pixel.
+    """
+    rng = np.random.default_rng(seed)
+    planes, *size = shape
+    target, mask = np.zeros(shape, bool), np.zeros(shape, bool)
+    radius = np.sqrt(foreground * np.prod(shape) / instances / np.pi)
+    ends = instances * np.arange(planes + 1) // planes
+    for plane, number in enumerate(np.diff(ends)):
+        side = int(np.ceil(np.sqrt(number)))
+        cells = rng.permutation(side**2)[:number]
+        cell = np.array(size) / max(side, 1)
+        room = np.maximum(cell / 2 - radius - 2.5, 0)
+        centers = (np.stack([cells // max(side, 1), cells % max(side, 1)], 1) + 0.5) * cell
+        centers = (centers + rng.uniform(-room, room, centers.shape)).round()
+        radii = np.full(number, radius)
+        _draw(target[plane], centers, radii)
+        _draw(mask[plane], centers + rng.integers(-1, 2, centers.shape), radii)
+    return Scene(torch.from_numpy(_logits(mask, rng)[:, None]), torch.from_numpy(target[:, None].astype(np.float32)))
+
+
+def specks(side: int, *, seed: int = 0) -> Scene:
+    """One plane with a pixel in every 4×4 square, on both sides; a fifth of the predicted ones miss by a pixel."""
+    rng = np.random.default_rng(seed)
+    target, mask = np.zeros((side, side), bool), np.zeros((side, side), bool)
+    target[1::4, 1::4] = True
+    rows, columns = target.nonzero()
+    mask[rows, columns + (rng.random(len(rows)) < 0.2)] = True
+    logits = torch.from_numpy(_logits(mask, rng))
+    return Scene(logits[None, None], torch.from_numpy(target.astype(np.float32))[None, None])

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Time", "copy_bandwidth", "graphed", "machine", "peak_bytes", "times"]
+__all__ = ["Time", "copy_bandwidth", "graphed", "machine", "peak_bytes", "rounds", "times"]
 
 
 class Time(NamedTuple):
@@ -37,11 +38,50 @@ def times(runs: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 
             run()
             _wait()
             samples[name].append(1e3 * (time.perf_counter() - start))
-    result = {}
-    for name, values in samples.items():
-        quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-        result[name] = Time(statistics.median(values), quartiles[0], quartiles[-1])
-    return result
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(values: list[float]) -> Time:
+    quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return Time(statistics.median(values), quartiles[0], quartiles[-1])
+
+
+def rounds(
+    runs: dict[str, list[Callable[[], object]]], *, repeats: int, seconds: float = 60, warmup: int = 3
+) -> dict[str, Time]:
+    """Device time of a step: a sample takes all steps of a run, one after the other, from an idle device.
+
+    Rounds over all runs end after `repeats`, or once `seconds` have gone, but not before the fifth.
+    """
+    for _ in range(warmup):
+        for steps in runs.values():
+            for step in steps:
+                step()
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.monotonic() + seconds
+    for done in range(repeats):
+        if done >= 5 and time.monotonic() > end:
+            break
+        for name, steps in runs.items():
+            samples[name].append(_elapsed(steps) / len(steps))
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _elapsed(steps: list[Callable[[], object]]) -> float:
+    """Milliseconds on the device, or of the clock where there is none."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        for step in steps:
+            step()
+        return 1e3 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    for step in steps:
+        step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def _wait() -> None:
@@ -49,13 +89,26 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """The run as a CUDA graph: what is left is the device's work."""
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The run as a CUDA graph: what is left is the device's work. A replay returns what the run returned."""
+    current = torch.cuda.current_stream()
+    side = torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
         run()
-    return graph.replay
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            result = run()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def copy_bandwidth(device: str) -> float:
@@ -88,14 +141,19 @@ def machine() -> dict[str, str | int]:
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "processor": model,
         "threads": torch.get_num_threads(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "commit": commit,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """What the environment says, where there is no repository, or git's."""
+    if "COMMIT" in os.environ or shutil.which("git") is None:
+        return os.environ.get("COMMIT", "")
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
-import cc3d
 import numpy as np
 import torch
 from torch import Tensor
@@ -152,6 +151,8 @@ def _label_volume(mask: np.ndarray, connectivity: int) -> tuple[np.ndarray, int]
     cc3d 4.1 labels images of odd size wrongly under 8-connectivity and fails on lines under 26; volumes one slice
     thick, and lines under 6, are right.
     """
+    import cc3d  # on a GPU nothing needs it
+
     if mask.ndim == 2:
         mask, connectivity = mask[None], {4: 6, 8: 26}[connectivity]
     if mask.size == max(mask.shape):

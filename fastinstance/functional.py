@@ -6,13 +6,16 @@ The arguments that all functions share are described in `instance_terms`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import terms as tm
+from .backend import backend_for
 from .checks import (
     check_activation,
     check_choice,
@@ -27,10 +30,11 @@ from .checks import (
     reads_values,
 )
 from .components import foreground, label_planes
+from .fused import fused_terms
 from .ops import DenseSums, InstanceSums, instance_sums
 from .partition import Partition, partition
-from .pixel import InverseWeightedDice, SeparableLoss, Sums, resolve
-from .planes import Planes, to_planes
+from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums, resolve
+from .planes import Planes, activate, to_planes
 from .terms import BlobTerms, InstanceTerms
 
 __all__ = ["BlobTerms", "InstanceTerms", "blob_terms", "instance_terms", "label", "pixel_loss"]
@@ -56,6 +60,7 @@ class Settings:
     spacing: float | Sequence[float] | None = None
     pred_normalizer: str = "pred"
     reduction: str = "mean"
+    max_instances: int | None = None
 
     def __post_init__(self) -> None:
         check_activation(sigmoid=self.sigmoid, softmax=self.softmax, other_act=self.other_act)
@@ -93,8 +98,8 @@ class Settings:
         return resolve(self.center_loss, "center_loss")
 
 
-class _Scene:
-    """One checked call: planes, partition and sums, shared by all terms."""
+class _Call:
+    """One checked call: the images, and the settings that depend on their number of axes."""
 
     def __init__(
         self,
@@ -105,6 +110,7 @@ class _Scene:
         valid_mask: Tensor | None,
     ) -> None:
         self.settings = settings
+        self.images = input, target, target_labels, valid_mask
         check_images(
             input,
             target,
@@ -121,7 +127,11 @@ class _Scene:
         self.spacing = check_per_axis("spacing", spacing, axes, integer=False)
         if reads_values(target):
             check_values(target, target_labels, valid_mask, channels=input.shape[1], to_onehot_y=settings.to_onehot_y)
-        self.planes = to_planes(
+
+    def planes(self) -> Planes:
+        settings = self.settings
+        input, target, target_labels, valid_mask = self.images
+        return to_planes(
             input,
             target,
             include_background=settings.include_background,
@@ -133,6 +143,14 @@ class _Scene:
             target_labels=target_labels,
             valid_mask=valid_mask,
         )
+
+
+class _Scene(_Call):
+    """A call with its planes, partition and sums, shared by all terms."""
+
+    def __init__(self, settings: Settings, *images: Tensor | None) -> None:
+        super().__init__(settings, *images)  # pyright: ignore[reportArgumentType]
+        self.planes = super().planes()
         self.poison = _poison(self.planes)
 
     def partition(self, predicted: bool) -> Partition:
@@ -209,6 +227,115 @@ def _by_instance(table: Tensor) -> Tensor:
     return table.view(-1, 2, *table.shape[1:])[1:]
 
 
+def _loss_request(loss: SeparableLoss) -> tuple[tuple[float, ...], bool, float]:
+    from fastinstance_kernels.losses import pack_form
+
+    gamma = loss.form.gamma
+    return pack_form(loss.form), loss.squared, -1.0 if gamma is None else gamma
+
+
+@lru_cache(maxsize=256)
+def _request(
+    pixel: SeparableLoss, instance: SeparableLoss, center: SeparableLoss, wanted: frozenset[str], **rest: Any
+) -> str:
+    """The request of one kind of call, in the words of the kernels."""
+    from fastinstance_kernels.engine import Request
+
+    own = not {"instance_gt", "instance_pred", "proximity", "blob"}.isdisjoint(wanted)
+    return Request(
+        seg=_loss_request(pixel) if "seg" in wanted else None,  # pyright: ignore[reportArgumentType]
+        own=_loss_request(instance) if own else None,  # pyright: ignore[reportArgumentType]
+        center=_loss_request(center) if "center" in wanted else None,  # pyright: ignore[reportArgumentType]
+        dice=_loss_request(Dice())[0],
+        inverse="seg" in wanted and isinstance(pixel, InverseWeightedDice),
+        blob="blob" in wanted,
+        false_rates=not {"false_gt", "false_pred"}.isdisjoint(wanted),
+        proximity="proximity" in wanted,
+        **rest,
+    ).encode()
+
+
+def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor], Tensor]:
+    """The terms named in `weights` (blob loss: "seg" and "blob") and their weighted sum, from the kernels."""
+    settings = call.settings
+    input, target, _, valid_mask = call.images
+    batch, channels, *size = input.shape
+    logits, threshold = settings.sigmoid or settings.softmax, settings.threshold
+    predicted = valid = None
+    if settings.softmax or settings.to_onehot_y or not settings.include_background or settings.min_size > 1:
+        planes = call.planes()
+        channels = planes.channels
+        values, truth, predicted, valid = planes.values, planes.target, planes.predicted, planes.valid
+    else:
+        values = input if settings.other_act is None else activate(settings.other_act, input)
+        truth = target.expand(-1, channels, *size)
+        if valid_mask is not None:
+            valid = (valid_mask > 0).expand(-1, channels, *size)
+        if settings.sigmoid:
+            threshold = math.log(threshold / (1 - threshold))
+    shape = (batch * channels, *size)
+
+    def run(weights: Mapping[str, float], *masks: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        order = ("seg", "blob") if "blob" in weights else InstanceTerms._fields
+        request = _request(
+            settings.pixel,
+            settings.instance,
+            settings.center,
+            frozenset(weights),
+            channels=channels,
+            logits=logits,
+            categorical=settings.softmax,
+            threshold=threshold,
+            connectivity=call.connectivity,
+            average=settings.average,
+            reduction=settings.reduction,
+            by_pred=settings.pred_normalizer == "pred",
+            center_size=call.center_size,
+            spacing=call.spacing,
+            weights=(*(float(weights.get(name, 0.0)) for name in order), *[0.0] * (7 - len(order))),
+            max_instances=settings.max_instances,
+            differentiable=values.requires_grad and torch.is_grad_enabled(),
+        )
+        images = [None if image is None else image.reshape(shape).contiguous() for image in (values, *masks)]
+        found, total = fused_terms(*images, False, request)  # pyright: ignore[reportArgumentType]
+        view = (batch, channels) if settings.reduction == "none" else ()
+        terms = zip(order, found.unbind(0), strict=False)
+        return {name: value.view(view) for name, value in terms if name in weights}, total.view(view)
+
+    if settings.min_size <= 1:
+        return run(weights, truth, predicted, valid)
+    # Components that are too small stay in the pixel term.
+    assert predicted is not None
+    kept = [label_planes(mask, None, call.connectivity, settings.min_size)[0] > 0 for mask in (truth, predicted)]
+    rest = {name: weight for name, weight in weights.items() if name != "seg"}
+    found, total = run(rest, *kept, valid)
+    if "seg" in weights:
+        seg, share = run({"seg": weights["seg"]}, truth, predicted, valid)
+        found, total = seg | found, total + share
+    return found, total
+
+
+def weighted_sum(
+    settings: Settings,
+    weights: Mapping[str, float],
+    input: Tensor,
+    target: Tensor,
+    target_labels: Tensor | None = None,
+    valid_mask: Tensor | None = None,
+) -> Tensor:
+    """Sum of weight · term over the named terms, of `InstanceTerms` or ("seg", "blob") of `BlobTerms`."""
+    if target_labels is None and backend_for(input) == "triton":
+        call = _Call(settings, input, target, target_labels, valid_mask)
+        return _fused(call, weights)[1]
+    images = input, target, target_labels, valid_mask
+    if "blob" in weights:
+        found = evaluate_blob(settings, *images)._asdict()
+    else:
+        found = evaluate(settings, weights, *images)
+    first, *rest = (weight * found[name] for name, weight in weights.items())
+    return sum(rest, first)
+
+
 def evaluate(
     settings: Settings,
     wanted: Collection[str],
@@ -218,6 +345,8 @@ def evaluate(
     valid_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The wanted terms of `InstanceTerms` by name; what nobody wants is not computed."""
+    if target_labels is None and backend_for(input) == "triton":
+        return _fused(_Call(settings, input, target, target_labels, valid_mask), dict.fromkeys(wanted, 0.0))[0]
     scene = _Scene(settings, input, target, target_labels, valid_mask)
     planes, loss = scene.planes, settings.instance
     by_instance = any(name != "seg" for name in wanted)
@@ -391,6 +520,9 @@ def evaluate_blob(
     target_labels: Tensor | None = None,
     valid_mask: Tensor | None = None,
 ) -> BlobTerms:
+    if target_labels is None and backend_for(input) == "triton":
+        call = _Call(settings, input, target, target_labels, valid_mask)
+        return BlobTerms(**_fused(call, {"seg": 0.0, "blob": 0.0})[0])
     scene = _Scene(settings, input, target, target_labels, valid_mask)
     planes, loss = scene.planes, settings.instance
     part = scene.partition(predicted=False)

@@ -9,7 +9,7 @@ from typing import TypedDict, Unpack
 
 from torch import Tensor, nn
 
-from .functional import BlobTerms, InstanceTerms, Settings, evaluate, evaluate_blob
+from .functional import BlobTerms, InstanceTerms, Settings, evaluate, evaluate_blob, weighted_sum
 from .pixel import (
     CrossEntropy,
     Dice,
@@ -77,11 +77,6 @@ def _check_weights(weights: Mapping[str, float]) -> None:
         raise ValueError(f"expected at least one weight other than 0, got {dict(weights)}")
 
 
-def _weighted(weights: Mapping[str, float], found: Mapping[str, Tensor]) -> Tensor:
-    first, *rest = (weight * found[name] for name, weight in weights.items() if weight)
-    return sum(rest, first)
-
-
 class _Loss(nn.Module):
     settings: Settings
 
@@ -109,7 +104,7 @@ class _PixelLoss(_Loss):
         valid_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss: a scalar, or `[B, C]` for `reduction="none"`. Arguments as `functional.pixel_loss`."""
-        return evaluate(self.settings, ("seg",), input, target, target_labels, valid_mask)["seg"]
+        return weighted_sum(self.settings, {"seg": 1.0}, input, target, target_labels, valid_mask)
 
 
 class DiceLoss(_PixelLoss):
@@ -244,8 +239,7 @@ class InstanceLoss(_Loss):
     ) -> Tensor:
         """The weighted sum: a scalar, or `[B, C]` for `reduction="none"`. Arguments as `functional.instance_terms`."""
         weights = {name: weight for name, weight in self.weights._asdict().items() if weight}
-        found = evaluate(self.settings, weights, input, target, target_labels, valid_mask)
-        return _weighted(weights, found)
+        return weighted_sum(self.settings, weights, input, target, target_labels, valid_mask)
 
     def terms(
         self,
@@ -328,8 +322,7 @@ class BlobLoss(_Loss):
         valid_mask: Tensor | None = None,
     ) -> Tensor:
         """The weighted sum: a scalar, or `[B, C]` for `reduction="none"`. Arguments as `functional.blob_terms`."""
-        terms = self.terms(input, target, target_labels=target_labels, valid_mask=valid_mask)
-        return _weighted(self.weights._asdict(), terms._asdict())
+        return weighted_sum(self.settings, self.weights._asdict(), input, target, target_labels, valid_mask)
 
     def terms(
         self,

@@ -1,7 +1,8 @@
 """Separable pixel losses: ℓ(P, G) = R(Σ φ(P_i, G_i), |Ω|).
 
-A pixel loss looks at two images only through four sums and the number of pixels. Written once, as the choice of
-those sums and the reduction R, the same object serves the whole image, every instance, blob loss and the centre maps.
+A pixel loss looks at two images only through four sums and the number of pixels. A loss is the data that say which
+sums it takes and what R makes of them, its `Form`: torch and the GPU kernels evaluate the same one, and it serves the
+whole image, every instance, blob loss and the centre maps.
 
 The pointwise feature of cross-entropy and focal loss is a function of `w = |P - G|`, the probability given to the
 wrong answer, and of its cost `c = -log(1 - w)`, which comes from the logit where there is one.
@@ -21,15 +22,18 @@ __all__ = [
     "CrossEntropy",
     "Dice",
     "Focal",
+    "Form",
     "GeneralizedDice",
     "InverseWeightedDice",
     "Pointwise",
+    "Ratio",
     "SeparableLoss",
     "Sums",
     "Tversky",
     "WeightedSum",
     "check_not_negative",
     "cost_of",
+    "inverse_weights",
     "resolve",
 ]
 
@@ -74,23 +78,90 @@ class Pointwise:
         return -math.log(EPS)
 
 
-class SeparableLoss:
-    """Base of the separable losses: which sums are needed, and the reduction R."""
+def inverse_weights(size: Tensor, omega: Tensor, instances: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of a pixel in an instance of `size`, and in a background of |Ω| - size: |Ω| / ((K + 1)·size)."""
+    share = omega / (instances + 1)
+    return share / size.clamp(min=1), share / (omega - size).clamp(min=1)
 
-    squared: bool = False
-    pointwise: Pointwise | None = None
+
+class Ratio(NamedTuple):
+    """weight · (1 - (a·I + nr) / (b·I + c·P + d·G + dr)), I, P, G the sums Σ P·G, Σ P^k, Σ G of weighted pixels.
+
+    The weights are 1 ("plain"), 1/|G|² and 0 if G is empty ("generalized"), or those of `inverse_weights` with G as
+    the one instance ("inverse").
+    """
+
+    nr: float
+    dr: float
+    a: float = 2
+    b: float = 0
+    c: float = 1
+    d: float = 1
+    weighting: str = "plain"
+    weight: float = 1
+
+    def __call__(self, intersection: Tensor, pred: Tensor, target: Tensor) -> Tensor:
+        denominator = self.b * intersection + self.c * pred + self.d * target + self.dr
+        return self.weight * (1 - (self.a * intersection + self.nr) / denominator)
+
+
+class Form(NamedTuple):
+    """R as data: the sum of the `ratios`, plus the two weights times the mean over Ω of v = w^gamma · c."""
+
+    ratios: tuple[Ratio, ...] = ()
+    pointwise_weight: float = 0
+    joined_weight: float = 0  # the same, but channels that are one softmax distribution are summed
+    gamma: float | None = None  # None: no pointwise part
+    squared: bool = False  # k = 2
+
+
+class SeparableLoss:
+    """Base of the separable losses: which sums are needed, and the reduction R, of the loss's `form`."""
+
+    @property
+    def form(self) -> Form:
+        raise TypeError(f"{type(self).__name__} does not define its form")
+
+    @property
+    def squared(self) -> bool:
+        return self.form.squared
+
+    @property
+    def pointwise(self) -> Pointwise | None:
+        return None if self.form.gamma is None else Pointwise(self.form.gamma)
 
     def reduce(self, sums: Sums, omega: Tensor) -> Tensor:
         """R for independent one-channel planes: `sums` and `omega` (pixels per plane) broadcast to the result."""
-        raise TypeError(f"{type(self).__name__} does not define reduce(sums, omega)")
+        return self._reduce(sums, omega, image=False, categorical=False)
 
     def reduce_channels(self, sums: Sums, omega: Tensor, *, categorical: bool) -> Tensor:
-        """R for the pixel term of images [B, C]; overridden where a loss couples the channels.
+        """R for the pixel term of images [B, C].
 
+        The channels share each "generalized" ratio, in which an empty one takes the largest weight of its image.
         `categorical` says that the channels are one softmax distribution, so that `sums.pointwise` counts G = 1 only.
         """
-        del categorical
-        return self.reduce(sums, omega)
+        return self._reduce(sums, omega, image=True, categorical=categorical)
+
+    def _reduce(self, sums: Sums, omega: Tensor, *, image: bool, categorical: bool) -> Tensor:
+        form, value = self.form, torch.zeros_like(sums.target)
+        for ratio in form.ratios:
+            intersection, pred, target, _ = sums
+            if ratio.weighting == "generalized":
+                weight = (target > 0) / target.clamp(min=1).square()
+                if image:
+                    weight = weight.where(target > 0, weight.amax(1, keepdim=True))
+                columns = torch.stack((intersection, pred, target)) * weight
+                intersection, pred, target = columns.sum(2, keepdim=True) if image else columns
+            elif ratio.weighting == "inverse":
+                inside, outside = inverse_weights(target, omega, (target > 0).to(omega.dtype))
+                pred = inside * intersection + outside * (pred - intersection)
+                intersection, target = inside * intersection, inside * target
+            value = value + ratio(intersection, pred, target)
+        if form.gamma is not None:
+            mean = sums.pointwise / omega.clamp(min=1)
+            joined = mean.sum(1, keepdim=True) if categorical else mean
+            value = value + form.pointwise_weight * mean + form.joined_weight * joined
+        return value
 
 
 def check_not_negative(**values: float) -> None:
@@ -112,15 +183,10 @@ class Dice(SeparableLoss):
         check_not_negative(smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
 
     @property
-    def squared(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.squared_pred
-
-    def reduce(self, sums: Sums, omega: Tensor) -> Tensor:
-        del omega
-        denominator = sums.pred + sums.target
+    def form(self) -> Form:
         if self.jaccard:
-            denominator = 2 * (denominator - sums.intersection)
-        return 1 - (2 * sums.intersection + self.smooth_nr) / (denominator + self.smooth_dr)
+            return Form((Ratio(self.smooth_nr, self.smooth_dr, b=-2, c=2, d=2),), squared=self.squared_pred)
+        return Form((Ratio(self.smooth_nr, self.smooth_dr),), squared=self.squared_pred)
 
 
 @dataclass(frozen=True)
@@ -135,11 +201,10 @@ class Tversky(SeparableLoss):
     def __post_init__(self) -> None:
         check_not_negative(alpha=self.alpha, beta=self.beta, smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
 
-    def reduce(self, sums: Sums, omega: Tensor) -> Tensor:
-        del omega
-        tp = sums.intersection
-        fp, fn = sums.pred - tp, sums.target - tp
-        return 1 - (tp + self.smooth_nr) / (tp + self.alpha * fp + self.beta * fn + self.smooth_dr)
+    @property
+    def form(self) -> Form:
+        both = 1 - self.alpha - self.beta  # TP + alpha·FP + beta·FN in I, P and G
+        return Form((Ratio(self.smooth_nr, self.smooth_dr, a=1, b=both, c=self.alpha, d=self.beta),))
 
 
 @dataclass(frozen=True)
@@ -156,39 +221,18 @@ class GeneralizedDice(SeparableLoss):
     def __post_init__(self) -> None:
         check_not_negative(smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
 
-    def _ratio(self, numerator: Tensor, denominator: Tensor) -> Tensor:
-        return 1 - (2 * numerator + self.smooth_nr) / (denominator + self.smooth_dr)
-
-    @staticmethod
-    def _weight(target: Tensor) -> Tensor:
-        return (target > 0) / target.clamp(min=1).square()
-
-    def reduce(self, sums: Sums, omega: Tensor) -> Tensor:
-        del omega
-        weight = self._weight(sums.target)
-        return self._ratio(weight * sums.intersection, weight * (sums.pred + sums.target))
-
-    def reduce_channels(self, sums: Sums, omega: Tensor, *, categorical: bool) -> Tensor:
-        del omega, categorical
-        weight = self._weight(sums.target)
-        weight = torch.where(sums.target > 0, weight, weight.amax(1, keepdim=True))
-        numerator = (weight * sums.intersection).sum(1, keepdim=True)
-        denominator = (weight * (sums.pred + sums.target)).sum(1, keepdim=True)
-        return self._ratio(numerator, denominator).expand_as(weight)
+    @property
+    def form(self) -> Form:
+        return Form((Ratio(self.smooth_nr, self.smooth_dr, weighting="generalized"),))
 
 
 @dataclass(frozen=True)
 class CrossEntropy(SeparableLoss):
     """Mean over Ω of -log of the probability of the right answer: binary per plane, categorical under softmax."""
 
-    pointwise = Pointwise(0.0)
-
-    def reduce(self, sums: Sums, omega: Tensor) -> Tensor:
-        return sums.pointwise / omega.clamp(min=1)
-
-    def reduce_channels(self, sums: Sums, omega: Tensor, *, categorical: bool) -> Tensor:
-        value = self.reduce(sums, omega)
-        return value.sum(1, keepdim=True).expand_as(value) if categorical else value
+    @property
+    def form(self) -> Form:
+        return Form(joined_weight=1, gamma=0.0)
 
 
 @dataclass(frozen=True)
@@ -204,11 +248,8 @@ class Focal(SeparableLoss):
             )
 
     @property
-    def pointwise(self) -> Pointwise:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return Pointwise(float(self.gamma))
-
-    def reduce(self, sums: Sums, omega: Tensor) -> Tensor:
-        return sums.pointwise / omega.clamp(min=1)
+    def form(self) -> Form:
+        return Form(pointwise_weight=1, gamma=float(self.gamma))
 
 
 @dataclass(frozen=True)
@@ -217,7 +258,7 @@ class InverseWeightedDice(SeparableLoss):
 
     As the pixel term the instances are those of the ground truth, the background is one more of its own size, and the
     weight of a pixel is |Ω| / ((K + 1)·size): see `terms.inverse_weighted_dice`. As an instance, blob or centre loss
-    the whole target mask counts as one instance.
+    the whole target mask counts as one instance, and as a part of a weighted sum.
     """
 
     smooth_nr: float = 1e-5
@@ -226,21 +267,9 @@ class InverseWeightedDice(SeparableLoss):
     def __post_init__(self) -> None:
         check_not_negative(smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
 
-    def reduce(self, sums: Sums, omega: Tensor) -> Tensor:
-        inside, outside = self.weights(sums.target, omega, (sums.target > 0).to(omega.dtype))
-        return self.ratio(
-            inside * sums.intersection,
-            inside * (sums.intersection + sums.target) + outside * (sums.pred - sums.intersection),
-        )
-
-    def ratio(self, intersection: Tensor, total: Tensor) -> Tensor:
-        return 1 - (2 * intersection + self.smooth_nr) / (total + self.smooth_dr)
-
-    @staticmethod
-    def weights(size: Tensor, omega: Tensor, instances: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights of a pixel in an instance of `size`, and in a background of |Ω| - size."""
-        share = omega / (instances + 1)
-        return share / size.clamp(min=1), share / (omega - size).clamp(min=1)
+    @property
+    def form(self) -> Form:
+        return Form((Ratio(self.smooth_nr, self.smooth_dr, weighting="inverse"),))
 
 
 @dataclass(frozen=True)
@@ -250,25 +279,22 @@ class WeightedSum(SeparableLoss):
     parts: tuple[tuple[float, SeparableLoss], ...]
 
     def __post_init__(self) -> None:
-        if len({loss.pointwise for _, loss in self.parts if loss.pointwise}) > 1:
+        forms = [loss.form for _, loss in self.parts]
+        if len({form.gamma for form in forms if form.gamma is not None}) > 1:
             raise ValueError("expected at most one pointwise function among the parts of a weighted sum")
-        if len({loss.squared for _, loss in self.parts if not isinstance(loss, CrossEntropy | Focal)}) > 1:
+        if len({form.squared for form in forms if form.ratios}) > 1:
             raise ValueError("expected all parts of a weighted sum to agree on squared_pred")
 
     @property
-    def squared(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return any(loss.squared for _, loss in self.parts)
-
-    @property
-    def pointwise(self) -> Pointwise | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return next((loss.pointwise for _, loss in self.parts if loss.pointwise), None)
-
-    def reduce(self, sums: Sums, omega: Tensor) -> Tensor:
-        return torch.stack([weight * loss.reduce(sums, omega) for weight, loss in self.parts]).sum(0)
-
-    def reduce_channels(self, sums: Sums, omega: Tensor, *, categorical: bool) -> Tensor:
-        values = [w * loss.reduce_channels(sums, omega, categorical=categorical) for w, loss in self.parts]
-        return torch.stack(values).sum(0)
+    def form(self) -> Form:
+        forms = [(weight, loss.form) for weight, loss in self.parts]
+        return Form(
+            ratios=tuple(r._replace(weight=weight * r.weight) for weight, form in forms for r in form.ratios),
+            pointwise_weight=sum(weight * form.pointwise_weight for weight, form in forms),
+            joined_weight=sum(weight * form.joined_weight for weight, form in forms),
+            gamma=next((form.gamma for _, form in forms if form.gamma is not None), None),
+            squared=any(form.squared for _, form in forms),
+        )
 
 
 _BY_NAME: dict[str, SeparableLoss] = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Planes", "to_planes"]
+__all__ = ["Planes", "activate", "to_planes"]
 
 # Logit of a pixel that is not valid: its probability, cost and slopes are exactly 0 in every dtype.
 _IMPOSSIBLE = -1e4
@@ -44,7 +44,8 @@ def _one_against_rest(logits: Tensor) -> Tensor:
     return logits - torch.logaddexp(before, after) + not_finite
 
 
-def _activate(other_act: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+def activate(other_act: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    """`other_act(input)`, checked."""
     values = other_act(input)
     if not isinstance(values, Tensor) or not values.is_floating_point():
         got = values.dtype if isinstance(values, Tensor) else type(values).__name__
@@ -81,7 +82,7 @@ def to_planes(
     elif softmax:
         values, predicted = _one_against_rest(wide), wide.detach().softmax(1) >= threshold
     else:
-        values = wide if other_act is None else _activate(other_act, wide)
+        values = wide if other_act is None else activate(other_act, wide)
         predicted = values >= threshold
 
     if target_labels is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .boxes import nearest_boxes
 from .partition import Partition, Side
-from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums, cost_of
+from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums, cost_of, inverse_weights
 
 __all__ = [
     "BlobTerms",
@@ -182,12 +182,13 @@ def inverse_weighted_dice(
     """
     plane = target.plane[: target.real]
     number = target.per_plane.double()
-    inside, _ = loss.weights(target.count.double(), omega[plane], number[plane])
-    _, outside = loss.weights(whole.target, omega, number)
+    inside, _ = inverse_weights(target.count.double(), omega[plane], number[plane])
+    _, outside = inverse_weights(whole.target, omega, number)
     intersection = torch.zeros_like(omega).index_add(0, plane, inside * instances)
     foreground = number * omega / (number + 1)  # Σ w·G: every instance weighs the same
     rest = outside * (whole.pred - whole.intersection)
-    return loss.ratio(intersection, intersection + foreground + rest)
+    (ratio,) = loss.form.ratios
+    return ratio(intersection, intersection + rest, foreground)
 
 
 def _draw_boxes(part: Partition, side: Side, center_size: Sequence[int], valid: Tensor | None) -> tuple[Tensor, Tensor]:

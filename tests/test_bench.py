@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from bench import cpu, label
-from bench.scenes import balls, noise
+import fastinstance as fi
+from bench import cpu, gpu, label
+from bench.scenes import Scene, balls, noise, specks, spread
 
 
 def test_scenes_have_what_they_say() -> None:
@@ -16,6 +17,13 @@ def test_scenes_have_what_they_say() -> None:
     assert set(scene.target.unique().tolist()) == {0, 1}
     assert scene.logits.abs().min() >= 0.1
     assert 0.4 < (noise(scene).logits > 0).float().mean() < 0.6
+
+
+def test_scenes_have_as_many_instances_as_they_say() -> None:
+    for scene, number in ((spread((3, 64, 64), 20, 0.1), 20), (spread((3, 64, 64), 2, 0.1), 2), (specks(32), 64)):
+        assert fi.label(scene.target)[1].sum() == number
+        assert fi.label(scene.logits >= 0)[1].sum() == number
+    assert spread((3, 64, 64), 20, 0.1).target.mean() == pytest.approx(0.1, rel=0.1)
 
 
 def test_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,10 +43,38 @@ def test_a_wrong_result_is_not_timed() -> None:
 
 
 def test_label(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = {"small": lambda: label._random(0.5, 2, 9, 11), "snake": lambda: label._snake(1, 8, 9)}
-    monkeypatch.setattr(label, "CASES", cases)
-    result = label.run(repeats=1)
-    assert [row["components"] for row in result["rows"]][1] == 1
+    monkeypatch.setattr(label, "SMALL", {name: label.SMALL[name] for name in ("noise", "snakes")})
+    result = label.run(repeats=1, small=True)
+    assert [row["components"] for row in result["rows"]][1] == 2
     text = label.table(result)
     assert "scipy" in text
     assert "kornia" in text
+
+
+def test_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_unet", lambda *_, **__: None)
+    saved = []
+    result = gpu.run(repeats=1, small=True, only="noise", save=lambda result: saved.append(len(result["rows"])))
+    [row] = result["rows"]
+    assert {"ours", "ours, forward", "labels given", "our GDF", "MONAI GDF"} == set(row["milliseconds"])
+    assert not row["errors"]
+    assert saved == [1, 1, 1]
+    assert "noise" in gpu.table(result)
+
+
+def test_gpu_goes_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(seed: int) -> Scene:
+        raise RuntimeError(f"no scene {seed}")
+
+    good = gpu.Case(lambda seed: balls((1, 16, 16), 2, 2, (1, 2), seed=seed))
+    monkeypatch.setattr(gpu, "cases", lambda **_: {"good": good, "bad": gpu.Case(broken), "wrong": good})
+    monkeypatch.setattr(gpu, "_unet", lambda *_, **__: None)
+    deviations = iter([0, 0, 0, 0, 0.5, 0])
+    monkeypatch.setattr(gpu, "_deviation", lambda *_: next(deviations))
+    result = gpu.run(repeats=1)
+    assert [list(row["errors"]) for row in result["rows"]] == [[], ["case"], ["ours"]]
+    assert result["rows"][0]["milliseconds"]
+    assert not result["rows"][2]["milliseconds"]
+    text = gpu.table(result)
+    assert "no scene 0" in text
+    assert "wrong: value or gradient differs by 0.5" in text

@@ -1,60 +1,59 @@
 """Connected components of binary planes: run-based union-find with minimum-index roots.
 
-Six kernels, whatever the image holds:
+Seven kernels, whatever the image holds; all but the first and the last see packed masks only (`words`):
 
-    initialise   foreground test, runs, and the links of the runs to the rows before them (plain stores)
+    pack_mask    foreground test: mask words and the heads of the pieces of runs
+    initialise   the first link of every head: to a run that it touches in an earlier row (plain stores)
     flatten      pointer jumping: the links become shallow trees
     join         the unions that `initialise` could not express as a link (atomics, few)
-    flatten      every run points at its root; roots are numbered within their block and counted
+    flatten      every head points at its root; roots are numbered within their block and counted
     scan         exclusive sum over the blocks of a plane: where the ids of each block start
-    write        run -> root -> id
+    write        pixel -> head -> root -> id
 
 `min_size` adds a pass that measures the components before they are numbered.
 
-The forest `parents`, int32 [planes, P], P pixels in a plane, holds for pixel i of its plane:
+The forest `parents`, int32 [planes, 32 · words of a plane], has an entry for every index but holds something only
+for the heads, and only those entries are ever read or written. For the head at index i of its plane:
 
-    BACKGROUND = -1          i is background
-    -1 - d, 0 < d < WORD     i lies d pixels after the first pixel (the *head*) of its piece of a run
-    0 <= p <= i              i is a head and p is its parent; p = i makes it a root
-    NUMBERED - k             i is a root and number k (1, 2, ...) of its block; k = 0: smaller than min_size
+    0 <= p <= i      p, a head, is its parent; p = i makes it a root
+    NUMBERED - k     i is a root and number k (1, 2, ...) of its block; k = 0: smaller than min_size
 
-A run is a maximal row segment of foreground. Its pieces are its cuts at multiples of WORD, so that a piece is
-found with one mask word; a piece that continues a run has the pixel on its left as parent. Heads are told by
-their value alone, without the pixel's position in its row, which spares later passes a division per pixel.
+The head of any pixel follows from one word of heads, so the links between pieces are found by bit arithmetic on
+the words of two rows, and climbing needs nothing but parents. A piece that continues a run has the piece on its
+left as parent.
 
 Why the result is exact and the same on every run:
 
-* Every value ever stored makes a parent <= the pixel, with equality only at a root. So climbing from a pixel
+* Every value ever stored makes a parent <= the head, with equality only at a root. So climbing from a head
   strictly decreases an index >= 0 and ends, however stale the values that it reads, and there are no cycles.
-* `initialise` and `join` link only pixels of one component, `flatten` only replaces a link by one to an
+* `initialise` and `join` link only heads of one component, `flatten` only replaces a link by one to an
   ancestor: a tree never leaves its component.
 * `join` handles every pair of touching runs that has no link. Its atomic minimum at `high` returns the parent
   `old` found there. If `old == high`, high was a root and now hangs below low. Otherwise another program was
   faster; the minimum may have replaced the link high -> old by high -> low, and the loop goes on with the
   pair (old, low): links and unfinished pairs together always connect what they connected before. When the
   kernel ends no pair is unfinished, all touching runs share a tree, and trees are components.
-* The smallest pixel of a component has no smaller pixel to hang below: it is the root, whatever the order of
-  the atomics. So ids given to roots in raster order are in raster order of the components' first pixels. All
-  sums are of integers.
+* The first pixel of a component is a head and has no smaller one to hang below: it is the root, whatever the
+  order of the atomics. So ids given to roots in raster order are in raster order of the components' first
+  pixels. All sums are of integers.
 
 No kernel needs what another program of the same launch writes, and the kernels of a stream are ordered: all
 atomics are relaxed.
 """
 
 # Compile-time parameters are annotated tl.constexpr and take Python values; launch options are no parameters.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import ctypes
+import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
-
-WORD = tl.constexpr(launch.WORD)
-BACKGROUND = tl.constexpr(-1)
-NUMBERED = tl.constexpr(-launch.WORD - 1)
+from .words import NUMBERED, WORD, head_index, head_lane, heads_of, highest_bit, instance_of, is_foreground, lowest_bit
 
 CONNECTIVITIES = {2: (4, 8), 3: (6, 18, 26)}
 """Numbers of neighbours that exist for each number of spatial dimensions; the last one is the default."""
@@ -71,190 +70,204 @@ _RUNTIME = (
     "stride_z",
     "stride_y",
     "stride_x",
-    "pixels",
+    "words",
+    "first_plane",
     "blocks",
     "min_size",
 )
 
 
 @triton.jit
-def _is_foreground(value, threshold, THRESHOLD: tl.constexpr):
-    """Foreground test; false for NaN. Half types are widened first."""
-    if THRESHOLD:
-        return value.to(tl.float32) >= threshold
-    elif value.dtype.is_floating():
-        wide = value if value.dtype == tl.float64 else value.to(tl.float32)
-        return (wide > 0) | (wide < 0)
-    else:
-        return value != 0
-
-
-@triton.jit
-def _highest_bit(word):
-    """Index of the highest set bit of a non-negative int32; -1 for 0.
-
-    The exponent of the word as a float. Clearing each bit below a set one keeps the highest and prevents the
-    conversion from rounding up to the next power of two.
-    """
-    power = (word & ~(word >> 1)).to(tl.float32)
-    return tl.maximum((power.to(tl.int32, bitcast=True) >> 23) - 127, -1)
-
-
-@triton.jit
-def _lowest_bit(word):
-    """Index of the lowest set bit of an int32, bit 31 included (its float is -2^31: drop the sign).
-
-    0 gives some index in range, so that a lane that has no bit left may go on calculating.
-    """
-    power = (word & -word).to(tl.float32)
-    return ((power.to(tl.int32, bitcast=True) >> 23) + 1) & 31
-
-
-@triton.jit
-def _parent(index, value):
-    """Parent of a foreground pixel that holds `value` (not yet NUMBERED)."""
-    return tl.where(value >= 0, value, index + value + 1)
-
-
-@triton.jit
 def _any(mask):
-    return tl.max(mask.to(tl.int32), axis=0) > 0
+    return tl.max(mask.to(tl.int32)) > 0
 
 
 @triton.jit
-def _link_to_row(
-    parent, linked, image, offset, x, index, width, pixel_shift, inside, stride_x, threshold,
-    THRESHOLD: tl.constexpr, DIAGONAL: tl.constexpr,
-):  # fmt: skip
-    """Link the run starts that are not linked yet to the first pixel they touch in one earlier row.
+def _image_tile(depth, height, row_words, tiles_y, ROWS: tl.constexpr):
+    """The tile of an image that this program handles, one word wide: plane, slice, rows [ROWS, 1], column of words."""
+    tile = tl.program_id(0)
+    column = tile % row_words
+    tile = tile // row_words
+    y = (tile % tiles_y) * ROWS + tl.arange(0, ROWS)[:, None]
+    tile = tile // tiles_y
+    return (tile // depth).to(tl.int64), tile % depth, y, column
 
-    `offset` points at the pixel of that row with the same x, `pixel_shift` is its index minus the start's.
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def pack_mask(
+    image, mask, heads, threshold, depth, height, width, row_words, tiles_y,
+    stride_plane, stride_z, stride_y, stride_x, THRESHOLD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One tile: mask words and heads of an image with any strides."""
+    plane, z, y, column = _image_tile(depth, height, row_words, tiles_y, ROWS)
+    lane = tl.arange(0, WORD)[None, :]
+    x = column * WORD + lane
+    value = tl.load(
+        image + plane * stride_plane + (z * stride_z + y * stride_y + x * stride_x),
+        mask=(y < height) & (x < width), other=0,
+    )  # fmt: skip
+    foreground = is_foreground(value, threshold, THRESHOLD) & (y < height) & (x < width)
+    word = tl.sum(foreground.to(tl.int32) << lane, axis=1, keep_dims=True)
+    at = plane * depth * height * row_words + (z * height + y) * row_words + column
+    tl.store(mask + at, word, mask=y < height)
+    tl.store(heads + at, heads_of(word), mask=y < height)
+
+
+@triton.jit
+def _row_words(mask, at, column, row_words, inside, DIAGONAL: tl.constexpr):
+    """The word at `at`, and the pixels before and after those of the word, each moved to the bit it is next to.
+
+    Also the lane, below 0, of the piece that ends before the word, if there is one. Without DIAGONAL no
+    pixels after are wanted.
     """
-    wanted = inside & ~linked
-    straight = wanted & _is_foreground(tl.load(image + offset, mask=wanted, other=0), threshold, THRESHOLD)
-    parent = tl.where(straight, index + pixel_shift, parent)
-    linked = linked | straight
+    straight = tl.load(mask + at, mask=inside, other=0)
+    previous = tl.load(mask + at - 1, mask=inside & (column > 0), other=0)
+    before = (straight << 1) | (previous >> 31 & 1)
+    after = straight & 0
     if DIAGONAL:
-        wanted = inside & ~linked & (x > 0)
-        before = tl.load(image + offset - stride_x, mask=wanted, other=0)
-        before = wanted & _is_foreground(before, threshold, THRESHOLD)
-        parent = tl.where(before, index + pixel_shift - 1, parent)
-        linked = linked | before
-        wanted = inside & ~linked & (x < width - 1)
-        after = tl.load(image + offset + stride_x, mask=wanted, other=0)
-        after = wanted & _is_foreground(after, threshold, THRESHOLD)
-        parent = tl.where(after, index + pixel_shift + 1, parent)
-        linked = linked | after
-    return parent, linked
+        following = tl.load(mask + at + 1, mask=inside & (column < row_words - 1), other=0)
+        after = (straight >> 1 & 0x7FFFFFFF) | (following << 31)
+    return straight, before, after, highest_bit(heads_of(previous)) - WORD
+
+
+@triton.jit
+def _touching_lane(heads, tail, bit):
+    """Lane of the piece that covers `bit` or else the pixel before it; the other arguments are of `_row_words`."""
+    lane = head_lane(heads, bit)
+    return tl.where(lane < 0, tail, lane)
+
+
+@triton.jit
+def _links_to_row(mask, at, column, row_words, start, inside, DIAGONAL: tl.constexpr):
+    """The run starts that touch one earlier row, and what finds the piece there: near pixels, heads, tail."""
+    straight, before, after, tail = _row_words(mask, at, column, row_words, inside, DIAGONAL)
+    near = straight | before if DIAGONAL else straight
+    return start & (near | after), near, heads_of(straight), tail
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def initialise(
-    image, parents, words, threshold, depth, height, width, row_words, tiles_y,
-    stride_plane, stride_z, stride_y, stride_x,
-    THRESHOLD: tl.constexpr, VOLUME: tl.constexpr, DIAGONAL: tl.constexpr, ROWS: tl.constexpr,
+    mask, parents, first_plane, depth, height, row_words, blocks,
+    VOLUME: tl.constexpr, DIAGONAL: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """One [ROWS, WORD] tile of one slice: mask words, piece heads, and a first parent for every head.
+    """One mask word per lane: a first parent for every head.
 
-    The start of a run takes as parent a pixel that it touches in the row above or, in a volume, in the same
+    The start of a run takes as parent a piece that it touches in the row above or, in a volume, in the same
     row of the slice before: links that cost no atomic. `join` knows which links these are.
     """
-    tile = tl.program_id(0)
-    column = tile % row_words
-    tile = tile // row_words
-    tile_y = tile % tiles_y
-    tile = tile // tiles_y
-    z = tile % depth
-    plane = (tile // depth).to(tl.int64)
+    program = tl.program_id(0)
+    plane = (first_plane + program // blocks).to(tl.int64)
+    words = depth * height * row_words
+    mask += plane * words
+    parents += plane * words * WORD
+    at = (program % blocks) * WORDS + tl.arange(0, WORDS)
+    row = at // row_words
+    column = at % row_words
 
-    y = tile_y * ROWS + tl.arange(0, ROWS)[:, None]
-    lane = tl.arange(0, WORD)[None, :]
-    x = column * WORD + lane
-    inside = (y < height) & (x < width)
-    image += plane * stride_plane
-    parents += plane * depth * height * width
-    words += plane * depth * height * row_words
-    offset = z * stride_z + y * stride_y + x * stride_x
-    index = (z * height + y) * width + x
+    inside = at < words
+    word = tl.load(mask + at, mask=inside, other=0)
+    inside = inside & (word != 0)
+    previous = tl.load(mask + at - 1, mask=inside & (column > 0), other=0)
+    continues = (word & (previous >> 31)) & 1
+    first_index = at * WORD
+    tl.store(parents + first_index, first_index - WORD + highest_bit(heads_of(previous)), mask=continues != 0)
 
-    foreground = tl.load(image + offset, mask=inside, other=0)
-    foreground = inside & _is_foreground(foreground, threshold, THRESHOLD)
-    word = tl.sum(foreground.to(tl.int32) << lane, axis=1, keep_dims=True)
-    tl.store(words + (z * height + y) * row_words + column, word, mask=y < height)
+    start = heads_of(word) & ~continues
+    linked, near, heads, tail = _links_to_row(
+        mask, at - row_words, column, row_words, start, inside & (row % height > 0), DIAGONAL
+    )
+    to_slice = start & 0
+    if VOLUME:
+        to_slice, slice_near, slice_heads, slice_tail = _links_to_row(
+            mask, at - height * row_words, column, row_words, start, inside & (row >= height), DIAGONAL
+        )
+        to_slice = to_slice & ~linked
+        linked = linked | to_slice
 
-    value = tl.full([ROWS, WORD], BACKGROUND, tl.int32)
-    if tl.max(foreground.to(tl.int32)) > 0:
-        # The piece of a lane begins after the last background lane before it.
-        head_lane = _highest_bit(~word & ((1 << lane) - 1)) + 1
-        head = foreground & (head_lane == lane)
-
-        continues = head & (lane == 0) & (x > 0)
-        left = tl.load(image + offset - stride_x, mask=continues, other=0)
-        continues = continues & _is_foreground(left, threshold, THRESHOLD)
-        start = head & ~continues
-
-        parent = tl.where(continues, index - 1, index)
-        linked = ~start
-        parent, linked = _link_to_row(
-            parent, linked, image, offset - stride_y, x, index, width, -width, start & (y > 0), stride_x,
-            threshold, THRESHOLD, DIAGONAL,
-        )  # fmt: skip
+    pending = start
+    # Ends: each turn takes a bit off `pending`.
+    while _any(pending != 0):
+        bit = lowest_bit(pending)
+        row_shift = -row_words
         if VOLUME:
-            parent, linked = _link_to_row(
-                parent, linked, image, offset - stride_z, x, index, width, -height * width, start & (z > 0),
-                stride_x, threshold, THRESHOLD, DIAGONAL,
-            )  # fmt: skip
-        value = tl.where(foreground, tl.where(head, parent, head_lane - lane - 1), BACKGROUND)
-    tl.store(parents + index, value, mask=inside)
+            by_slice = (to_slice >> bit & 1) != 0
+            row_shift = tl.where(by_slice, -height * row_words, -row_words)
+            near_here = tl.where(by_slice, slice_near, near)
+            lane = _touching_lane(tl.where(by_slice, slice_heads, heads), tl.where(by_slice, slice_tail, tail), bit)
+        else:
+            near_here = near
+            lane = _touching_lane(heads, tail, bit)
+        # A pixel that is touched only by its successor's side is the first of its piece.
+        lane = tl.where((near_here >> bit & 1) != 0, lane, bit + 1)
+        parent = first_index + tl.where((linked >> bit & 1) != 0, row_shift * WORD + lane, bit)
+        tl.store(parents + first_index + bit, parent, mask=pending != 0)
+        pending = pending & (pending - 1)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def flatten(
-    parents, block_counts, sizes, pixels, blocks, min_size,
-    NUMBER: tl.constexpr, MEASURED: tl.constexpr, CLEAR_SIZES: tl.constexpr, BLOCK: tl.constexpr,
+    heads, parents, block_counts, sizes, words, blocks, min_size,
+    NUMBER: tl.constexpr, MEASURED: tl.constexpr, CLEAR_SIZES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """One block of one plane: make every head point at the root that it has now.
+    """One mask word per lane: make every head point at the root that it has now.
 
-    NUMBER: replace each root by its number within the block and store how many the block has; with MEASURED
-    only the roots of components of at least `min_size` pixels are numbered. CLEAR_SIZES: set the size of each
-    root to 0.
+    NUMBER: replace each root by its number within the block of words and store how many the block has; with
+    MEASURED only the roots of components of at least `min_size` pixels are numbered. CLEAR_SIZES: set the size
+    of each root to 0.
     """
     program = tl.program_id(0)
     plane = (program // blocks).to(tl.int64)
-    parents += plane * pixels
-    index = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < pixels
+    parents += plane * words * WORD
+    sizes += plane * words * WORD
+    at = (program % blocks) * WORDS + tl.arange(0, WORDS)
+    first_index = at * WORD
+    pending = tl.load(heads + plane * words + at, mask=at < words, other=0)
+    index = first_index
+    node = first_index
+    climbing = node != index
+    busy = pending != 0
+    kept = pending & 0
+    found = pending & 0
+    # One step of one head per lane and turn. Ends: a step either moves `node` to a strictly smaller index >= 0
+    # or is the last of its head; then the lane takes the next one.
+    while _any(busy):
+        node = tl.where(climbing, node, first_index + lowest_bit(pending))
+        index = tl.where(climbing, index, node)
+        pending = tl.where(climbing, pending, pending & (pending - 1))
+        parent = tl.load(parents + node, mask=busy, other=0, cache_modifier=".cg")
+        climbing = busy & (parent != node) & (parent >= 0)
+        # Stored at every step: the lanes that climb over this head take the short cut. Without it the runs of an
+        # object form a chain as long as the object is tall.
+        tl.store(parents + index, parent, mask=climbing & (node != index), cache_modifier=".cg")
+        root = busy & (parent == index)
+        if CLEAR_SIZES:
+            tl.store(sizes + index, 0, mask=root)
+        if MEASURED:
+            small = root & (tl.load(sizes + index, mask=root, other=0) < min_size)
+            tl.store(parents + index, NUMBERED, mask=small)
+            root = root & ~small
+        if NUMBER:
+            kept = kept | (root.to(tl.int32) << (index % WORD))
+            found += root.to(tl.int32)
+        node = tl.where(climbing, parent, node)
+        busy = climbing | (pending != 0)
 
-    parent = tl.load(parents + index, mask=inside, other=BACKGROUND)
-    head = parent >= 0
-    climbing = head & (parent != index)
-    # Ends: each turn, a lane that climbs moves its `parent` to a strictly smaller index >= 0, or stops.
-    while _any(climbing):
-        above = tl.load(parents + parent, mask=climbing, other=0, cache_modifier=".cg")
-        climbing = climbing & (above != parent) & (above >= NUMBERED + 1)
-        parent = tl.where(climbing, _parent(parent, above), parent)
-        # Stored at every step: the lanes that climb over this head take the short cut. Without it the runs of
-        # an object form a chain as long as the object is tall.
-        tl.store(parents + index, parent, mask=climbing, cache_modifier=".cg")
-
-    root = head & (parent == index)
-    if CLEAR_SIZES:
-        tl.store(sizes + plane * pixels + index, 0, mask=root)
     if NUMBER:
         count = 0
-        if _any(root):
-            kept = root
-            if MEASURED:
-                kept = root & (tl.load(sizes + plane * pixels + index, mask=root, other=0) >= min_size)
-            number = tl.where(kept, tl.cumsum(kept.to(tl.int32), axis=0), 0)
-            tl.store(parents + index, -number + NUMBERED, mask=root)
-            count = tl.sum(kept.to(tl.int32), axis=0)
+        if _any(kept != 0):
+            number = tl.cumsum(found, axis=0) - found
+            # Ends: each turn takes a bit off `kept`.
+            while _any(kept != 0):
+                number += 1
+                tl.store(parents + first_index + lowest_bit(kept), -number + NUMBERED, mask=kept != 0)
+                kept = kept & (kept - 1)
+            count = tl.sum(found)
         tl.store(block_counts + program, count)
 
 
 @triton.jit
 def _join_row(
-    parents, words, at, row, column, width, row_words, mask, left, linked, inside, row_shift,
+    mask, parents, at, column, row_words, word, start, linked, inside, row_shift,
     DIAGONAL: tl.constexpr, LINKED: tl.constexpr,
 ):  # fmt: skip
     """Unite the runs of one mask word per lane with those that they touch in the row `row_shift` away.
@@ -263,48 +276,46 @@ def _join_row(
     else at the pixel of the later run that sees the other one begin. LINKED: `initialise` has linked those
     starts that touch this row and had no link to a row before (`linked`). Returns the starts linked so far.
     """
-    other = words + at + row_shift * row_words
-    straight = tl.load(other, mask=inside, other=0)
-    start = mask & ~left
-    before = (straight << 1) | (tl.load(other - 1, mask=inside & (column > 0), other=0) >> 31 & 1)
+    straight, before, after, tail = _row_words(mask, at + row_shift * row_words, column, row_words, inside, DIAGONAL)
     if DIAGONAL:
-        after = tl.load(other + 1, mask=inside & (column < row_words - 1), other=0)
-        after = (straight >> 1 & 0x7FFFFFFF) | (after << 31)
         at_start = start & (straight | before)
-        begins = mask & after & ~straight
+        begins = word & after & ~straight
         if LINKED:
             by_link = start & (straight | before | after) & ~linked
             linked = linked | by_link
             at_start = at_start & ~by_link
             begins = begins & ~(by_link & ~before)
     else:
-        at_start = mask & straight & (start | ~before)
+        at_start = word & straight & (start | ~before)
         begins = at_start & 0
         if LINKED:
             by_link = start & straight & ~linked
             linked = linked | by_link
             at_start = at_start & ~by_link
 
-    first_pixel = row * width + column * WORD
-    a = first_pixel
-    b = first_pixel
+    heads = heads_of(word)
+    other_heads = heads_of(straight)
+    first_index = at * WORD
+    a = first_index
+    b = first_index
     busy = (at_start | begins) != 0
     # One step of one union per lane and turn. Ends: a step either strictly decreases a + b >= 0 (a parent is
-    # smaller than its pixel, a link that came too late goes on with `old` < high) or makes a and b equal;
+    # smaller than its head, a link that came too late goes on with `old` < high) or makes a and b equal;
     # then the lane takes the next of its at most 64 bits.
     while _any(busy):
         pending = at_start | begins
         fetch = (a == b) & (pending != 0)
-        bit = _lowest_bit(pending)
+        bit = lowest_bit(pending)
         here = (at_start >> bit & 1) != 0
-        aside = tl.where(here, (straight >> bit & 1) - 1, 1)
-        a = tl.where(fetch, first_pixel + bit, a)
-        b = tl.where(fetch, first_pixel + bit + row_shift * width + aside, b)
+        # A run that begins beside the pixel has its head there.
+        lane = tl.where(here, _touching_lane(other_heads, tail, bit), bit + 1)
+        a = tl.where(fetch, first_index + head_lane(heads, bit), a)
+        b = tl.where(fetch, first_index + row_shift * row_words * WORD + lane, b)
         at_start = tl.where(fetch & here, at_start & (at_start - 1), at_start)
         begins = tl.where(fetch & ~here, begins & (begins - 1), begins)
 
-        a_parent = _parent(a, tl.load(parents + a, mask=busy, other=0, cache_modifier=".cg"))
-        b_parent = _parent(b, tl.load(parents + b, mask=busy, other=0, cache_modifier=".cg"))
+        a_parent = tl.load(parents + a, mask=busy, other=0, cache_modifier=".cg")
+        b_parent = tl.load(parents + b, mask=busy, other=0, cache_modifier=".cg")
         roots = busy & (a_parent == a) & (b_parent == b)
         low = tl.minimum(a, b)
         high = tl.maximum(a, b)
@@ -317,9 +328,9 @@ def _join_row(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def join(
-    parents, words, depth, height, width, row_words, blocks,
+    mask, parents, first_plane, depth, height, row_words, blocks,
     VOLUME: tl.constexpr, AXIS_DIAGONAL: tl.constexpr, CORNERS: tl.constexpr, CORNER_DIAGONAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
     """One mask word per lane: the unions that `initialise` left to do, row by row of the earlier neighbours.
 
@@ -327,58 +338,61 @@ def join(
     both y and z are neighbours, touched diagonally with CORNER_DIAGONAL.
     """
     program = tl.program_id(0)
-    plane = (program // blocks).to(tl.int64)
-    parents += plane * depth * height * width
-    words += plane * depth * height * row_words
-    at = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    plane = (first_plane + program // blocks).to(tl.int64)
+    words = depth * height * row_words
+    mask += plane * words
+    parents += plane * words * WORD
+    at = (program % blocks) * WORDS + tl.arange(0, WORDS)
     row = at // row_words
     column = at % row_words
     y = row % height
-    inside = row < depth * height
 
-    mask = tl.load(words + at, mask=inside, other=0)
-    inside = inside & (mask != 0)
-    left = (mask << 1) | (tl.load(words + at - 1, mask=inside & (column > 0), other=0) >> 31 & 1)
-    linked = mask & 0
+    inside = at < words
+    word = tl.load(mask + at, mask=inside, other=0)
+    inside = inside & (word != 0)
+    previous = tl.load(mask + at - 1, mask=inside & (column > 0), other=0)
+    start = word & ~((word << 1) | (previous >> 31 & 1))
+    linked = word & 0
     linked = _join_row(
-        parents, words, at, row, column, width, row_words, mask, left, linked, inside & (y > 0), -1,
-        AXIS_DIAGONAL, True,
-    )  # fmt: skip
+        mask, parents, at, column, row_words, word, start, linked, inside & (y > 0), -1, AXIS_DIAGONAL, True
+    )
     if VOLUME:
         behind = inside & (row >= height)
         linked = _join_row(
-            parents, words, at, row, column, width, row_words, mask, left, linked, behind, -height,
-            AXIS_DIAGONAL, True,
-        )  # fmt: skip
+            mask, parents, at, column, row_words, word, start, linked, behind, -height, AXIS_DIAGONAL, True
+        )
         if CORNERS:
             above = behind & (y > 0)
             below = behind & (y < height - 1)
             _join_row(
-                parents, words, at, row, column, width, row_words, mask, left, linked, above, -height - 1,
-                CORNER_DIAGONAL, False,
-            )  # fmt: skip
+                mask, parents, at, column, row_words, word, start, linked, above, -height - 1, CORNER_DIAGONAL, False
+            )
             _join_row(
-                parents, words, at, row, column, width, row_words, mask, left, linked, below, 1 - height,
-                CORNER_DIAGONAL, False,
-            )  # fmt: skip
+                mask, parents, at, column, row_words, word, start, linked, below, 1 - height, CORNER_DIAGONAL, False
+            )
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def measure(parents, sizes, pixels, blocks, BLOCK: tl.constexpr):
-    """Add the length of every run piece to the size of its root (flat forest; sizes of roots start at 0)."""
+def measure(mask, heads, parents, sizes, words, blocks, WORDS: tl.constexpr):
+    """One mask word per lane: add the length of every piece to the size of its root.
+
+    The forest is flat, and the sizes of its roots start at 0.
+    """
     program = tl.program_id(0)
     plane = (program // blocks).to(tl.int64)
-    parents += plane * pixels
-    index = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < pixels
-
-    value = tl.load(parents + index, mask=inside, other=BACKGROUND)
-    following = tl.load(parents + index + 1, mask=index < pixels - 1, other=BACKGROUND)
-    last = (value != BACKGROUND) & (following >= BACKGROUND)
-    length = tl.where(value >= 0, 1, -value)
-    head = index - length + 1
-    root = tl.load(parents + head, mask=last, other=0)
-    tl.atomic_add(sizes + plane * pixels + root, length, mask=last, sem="relaxed")
+    parents += plane * words * WORD
+    sizes += plane * words * WORD
+    at = (program % blocks) * WORDS + tl.arange(0, WORDS)
+    pending = tl.load(heads + plane * words + at, mask=at < words, other=0)
+    background = ~tl.load(mask + plane * words + at, mask=at < words, other=0)
+    # Ends: each turn takes a bit off `pending`.
+    while _any(pending != 0):
+        bit = lowest_bit(pending)
+        root = tl.load(parents + at * WORD + bit, mask=pending != 0, other=0)
+        after = (pending | background) & (-2 << bit)
+        length = tl.where(after != 0, lowest_bit(after), WORD) - bit
+        tl.atomic_add(sizes + root, length, mask=pending != 0, sem="relaxed")
+        pending = pending & (pending - 1)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -400,29 +414,105 @@ def scan(block_counts, block_starts, counts, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def write(parents, block_starts, labels, pixels, blocks, BLOCK: tl.constexpr):
-    """One block of one plane: pixel -> head -> root -> number within the root's block -> id."""
-    program = tl.program_id(0)
-    plane = (program // blocks).to(tl.int64)
-    parents += plane * pixels
-    index = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < pixels
+def write(
+    mask, parents, block_starts, labels, height, width, row_words, tiles_y, blocks, ROWS: tl.constexpr
+):  # fmt: skip
+    """One tile of the label images, slices one below the other: pixel -> head -> root -> number -> id."""
+    plane, _, y, column = _image_tile(1, height, row_words, tiles_y, ROWS)
+    words = height * row_words
+    lane = tl.arange(0, WORD)[None, :]
+    x = column * WORD + lane
+    at = y * row_words + column
+    word = tl.load(mask + plane * words + at, mask=y < height, other=0)
+    label = tl.zeros([ROWS, WORD], tl.int32)
+    if _any(word != 0):
+        head = head_index(heads_of(word), lane, at * WORD + lane)
+        label = instance_of(
+            parents + plane * words * WORD, block_starts + plane * blocks, head, (word >> lane & 1) != 0
+        )
+    tl.store(labels + plane * height * width + (y * width + x), label, mask=(y < height) & (x < width))
 
-    value = tl.load(parents + index, mask=inside, other=BACKGROUND)
-    foreground = value != BACKGROUND
-    label = tl.zeros([BLOCK], tl.int32)
-    if _any(foreground):
-        behind_head = (value < BACKGROUND) & (value > NUMBERED)
-        head = tl.where(behind_head, index + value + 1, index)
-        value = tl.where(behind_head, tl.load(parents + head, mask=behind_head, other=0), value)
-        below_root = foreground & (value >= 0)
-        root = tl.where(below_root, value, head)
-        value = tl.where(below_root, tl.load(parents + root, mask=below_root, other=0), value)
-        number = -value + NUMBERED
-        kept = foreground & (number > 0)
-        start = tl.load(block_starts + plane * blocks + root // BLOCK, mask=kept, other=0)
-        label = tl.where(kept, start + number, 0)
-    tl.store(labels + plane * pixels + index, label, mask=inside)
+
+# One warp per program: loops end, and branches are taken, for a warp's own pixels, without a barrier.
+_ONE_WARP = {"num_warps": 1}
+
+
+def _empty(x: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int32, device=x.device)
+
+
+def empty_parents(mask: torch.Tensor, planes: int, size: Sequence[int]) -> torch.Tensor:
+    """Memory for the forests of `planes` planes of `size`, on the device of their masks."""
+    return _empty(mask, planes, math.prod(size[:-1]) * triton.cdiv(size[-1], launch.WORD) * launch.WORD)
+
+
+def label_forest(
+    mask: torch.Tensor,
+    heads: torch.Tensor,
+    planes: int,
+    size: Sequence[int],
+    connectivity: int,
+    *,
+    parents: torch.Tensor | None = None,
+    first_given: int = 0,
+    min_size: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Find and number the components of packed masks, in 4 launches (6 where `min_size` drops any).
+
+    Args:
+        mask: int32, the words of `planes` planes, contiguous.
+        heads: the words of their heads; `words.heads_of` those of `mask`, except for given planes.
+        planes: how many there are.
+        size: (H, W) or (D, H, W).
+        connectivity: one of CONNECTIVITIES.
+        parents: from `empty_parents`, in which the first `first_given` planes have a parent at each head.
+        first_given: planes whose components are given and only numbered: the parent of each of their heads is a
+            head of the same component with an index not greater than its own, equal at the component's first pixel.
+        min_size: components of fewer pixels get no number.
+
+    Returns:
+        parents: the numbered forest, int32 [planes, 32 · words of a plane].
+        block_counts: int32 [planes, blocks], components whose first pixel lies in each block.
+        blocks: how many blocks of `launch.BLOCK_WORDS` words a plane has.
+    """
+    volume = len(size) == 3
+    depth, height, width = size if volume else (1, *size)
+    row_words = triton.cdiv(width, launch.WORD)
+    words = depth * height * row_words
+    blocks = triton.cdiv(words, launch.BLOCK_WORDS)
+    grid = launch.programs(planes, blocks)
+    found_grid = launch.programs(planes - first_given, blocks)
+    if parents is None:
+        parents = empty_parents(mask, planes, size)
+    block_counts = _empty(mask, planes, blocks)
+    sizes = empty_parents(mask, planes, size) if min_size > 1 else parents
+    diagonal = connectivity in (8, 18, 26)
+
+    def flatten_blocks(*, number: bool) -> None:
+        measured = min_size > 1
+        flatten[grid](
+            heads, parents, block_counts, sizes, words, blocks, min(min_size, words * launch.WORD + 1),
+            NUMBER=number, MEASURED=number and measured, CLEAR_SIZES=measured and not number,
+            WORDS=launch.BLOCK_WORDS, **_ONE_WARP,
+        )  # fmt: skip
+
+    with torch.cuda.device_of(mask):
+        if first_given < planes:
+            initialise[found_grid](
+                mask, parents, first_given, depth, height, row_words, blocks,
+                VOLUME=volume, DIAGONAL=diagonal, WORDS=launch.BLOCK_WORDS, **_ONE_WARP,
+            )  # fmt: skip
+            flatten_blocks(number=False)
+            join[found_grid](
+                mask, parents, first_given, depth, height, row_words, blocks,
+                VOLUME=volume, AXIS_DIAGONAL=diagonal, CORNERS=connectivity in (18, 26),
+                CORNER_DIAGONAL=connectivity == 26, WORDS=launch.BLOCK_WORDS, **_ONE_WARP,
+            )  # fmt: skip
+        if min_size > 1:
+            flatten_blocks(number=False)
+            measure[grid](mask, heads, parents, sizes, words, blocks, WORDS=launch.BLOCK_WORDS, **_ONE_WARP)
+        flatten_blocks(number=True)
+    return parents, block_counts, block_counts.shape[1]
 
 
 def label_planes(
@@ -445,7 +535,7 @@ def label_planes(
 
     Raises:
         ValueError: rank, connectivity, threshold or min_size out of range, no CUDA tensor, a plane of more
-            than 2^31 - 4096 pixels, more than 2^31 - 1 tiles in all.
+            than 2^31 - 4096 pixels, rows rounded up to multiples of 32, more than 2^31 - 1 tiles in all.
         TypeError: `x` is complex or a float type narrower than 16 bits.
     """
     launch.check_device(x)
@@ -469,73 +559,47 @@ def label_planes(
         # Triton passes Python floats in float32: compare before, at the price of one more launch.
         x, threshold = torch.ge(x.detach(), threshold).view(torch.uint8), None
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=x.device)
-
-    planes = x.shape[0]
+    planes, *size = x.shape
     if x.numel() == 0:
-        return empty(*x.shape), torch.zeros(planes, dtype=torch.int32, device=x.device)
-    depth, height, width = (1, *x.shape[1:]) if dims == 2 else x.shape[1:]
-    pixels = depth * height * width
-    if pixels > launch.MAX_PLANE_PIXELS:
+        return _empty(x, *x.shape), torch.zeros(planes, dtype=torch.int32, device=x.device)
+    volume = dims == 3
+    depth, height, width = size if volume else (1, *size)
+    row_words = triton.cdiv(width, launch.WORD)
+    rows = depth * height
+    words = rows * row_words
+    if words * launch.WORD > launch.MAX_PLANE_PIXELS:
         raise ValueError(
-            f"expected planes of at most 2^31 - 4096 = {launch.MAX_PLANE_PIXELS} pixels, got {pixels} "
-            f"in each plane of shape {tuple(x.shape)}; crop the image or label it in parts"
+            f"expected planes of at most 2^31 - 4096 = {launch.MAX_PLANE_PIXELS} pixels, got {words * launch.WORD} "
+            f"in each plane of shape {tuple(x.shape)} (rows rounded up to multiples of {launch.WORD}); "
+            "crop the image or label it in parts"
         )
     extents = ((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
     if sum(extents) >= 2**31:
         x = x.contiguous()  # offsets inside a plane are int32
     stride_plane, *stride_slice, stride_y, stride_x = x.stride()
-
-    row_words = triton.cdiv(width, launch.WORD)
     slice_tiles = triton.cdiv(height, launch.TILE_ROWS)
-    join_blocks = triton.cdiv(depth * height * row_words, launch.JOIN_WORDS)
-    blocks = triton.cdiv(pixels, launch.BLOCK)
-    tile_grid = launch.programs(planes, depth * slice_tiles * row_words)
-    join_grid = launch.programs(planes, join_blocks)
-    block_grid = launch.programs(planes, blocks)
+    pack_grid = launch.programs(planes, depth * slice_tiles * row_words)
+    row_tiles = triton.cdiv(rows, launch.TILE_ROWS)
+    write_grid = launch.programs(planes, row_tiles * row_words)
 
-    labels = empty(*x.shape)
-    counts = empty(planes)
-    parents = empty(planes, pixels)
-    words = empty(planes, depth * height * row_words)
-    block_counts = empty(planes, blocks)
-    block_starts = empty(planes, blocks)
-    volume = dims == 3
-    axis_diagonal = connectivity in (8, 18, 26)
-    # One warp per program: loops end, and branches are taken, for a warp's own pixels, without a barrier.
-    one_warp = {"num_warps": 1}
-
-    def flatten_blocks(sizes: torch.Tensor, *, number: bool, measured: bool) -> None:
-        flatten[block_grid](
-            parents, block_counts, sizes, pixels, blocks, min(min_size, pixels + 1),
-            NUMBER=number, MEASURED=number and measured, CLEAR_SIZES=measured and not number,
-            BLOCK=launch.BLOCK, **one_warp,
-        )  # fmt: skip
-
+    labels = _empty(x, *x.shape)
+    counts = _empty(x, planes)
+    mask = _empty(x, planes, words)
+    heads = _empty(x, planes, words)
     with torch.cuda.device_of(x):
-        initialise[tile_grid](
-            x, parents, words, 0.0 if threshold is None else ctypes.c_float(threshold).value,
+        pack_mask[pack_grid](
+            x, mask, heads, 0.0 if threshold is None else ctypes.c_float(threshold).value,
             depth, height, width, row_words, slice_tiles,
             stride_plane, stride_slice[0] if volume else 0, stride_y, stride_x,
-            THRESHOLD=threshold is not None, VOLUME=volume, DIAGONAL=axis_diagonal,
-            ROWS=launch.TILE_ROWS, **one_warp,
+            THRESHOLD=threshold is not None, ROWS=launch.TILE_ROWS, **_ONE_WARP,
         )  # fmt: skip
-        flatten_blocks(parents, number=False, measured=False)
-        join[join_grid](
-            parents, words, depth, height, width, row_words, join_blocks,
-            VOLUME=volume, AXIS_DIAGONAL=axis_diagonal, CORNERS=connectivity in (18, 26),
-            CORNER_DIAGONAL=connectivity == 26, BLOCK=launch.JOIN_WORDS, **one_warp,
-        )  # fmt: skip
-        if min_size > 1:
-            sizes = empty(planes, pixels)
-            flatten_blocks(sizes, number=False, measured=True)
-            measure[block_grid](parents, sizes, pixels, blocks, BLOCK=launch.BLOCK, **one_warp)
-            flatten_blocks(sizes, number=True, measured=True)
-        else:
-            flatten_blocks(parents, number=True, measured=False)
+        parents, block_counts, blocks = label_forest(mask, heads, planes, size, connectivity, min_size=min_size)
+        block_starts = _empty(x, planes, blocks)
         scan[(planes,)](
             block_counts, block_starts, counts, blocks, BLOCK=launch.SCAN_BLOCK, num_warps=launch.SCAN_WARPS
         )
-        write[block_grid](parents, block_starts, labels, pixels, blocks, BLOCK=launch.BLOCK, **one_warp)
+        write[write_grid](
+            mask, parents, block_starts, labels, rows, width, row_words, row_tiles, blocks,
+            ROWS=launch.TILE_ROWS, **_ONE_WARP,
+        )  # fmt: skip
     return labels, counts

@@ -10,20 +10,23 @@ WORD = 32
 """Pixels of a row that share one mask word, and the largest length of a run piece. A word is one int32."""
 
 TILE_ROWS = 8
-"""Mask words, one above the other, per program of `initialise`."""
+"""Mask words, one above the other, per program of the kernels that go over images."""
 
-BLOCK = 256
-"""Consecutive pixels of a plane per program of the kernels that go over pixels in raster order."""
+DENSE_ROWS = 16
+"""The same of the kernels that go over every pixel's value."""
 
-JOIN_WORDS = 64
-"""Mask words per program of `join`: one for each lane of the widest warp (AMD's), none held twice."""
+BLOCK_WORDS = 64
+"""Consecutive mask words of a plane per program of the kernels that see words only, and per block of numbers.
+
+One for each lane of the widest warp (AMD's), none held twice.
+"""
 
 SCAN_BLOCK = 4096
 SCAN_WARPS = 16
 """`scan` is one program per plane: large steps, so that it takes few of them."""
 
 MAX_PLANE_PIXELS = 2**31 - 4096
-"""Indices inside a plane are int32, and the last block of a plane counts up to one block beyond its end."""
+"""Of rows rounded up to words: indices inside a plane are int32 and run up to one block beyond the plane's end."""
 
 MAX_PROGRAMS = 2**31 - 1
 """The largest x extent of a CUDA grid. (y and z end at 65535 and are never used.)"""

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import triton.language as tl  # noqa: F401  the interpreter looks for it beside each function that it runs
-from fastinstance_kernels import label_planes, launch
+import triton.language as tl
+from fastinstance_kernels import label_planes, launch, words
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -139,8 +139,8 @@ def disorder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(builder, "create_masked_store", remembering_store)
     monkeypatch.setattr(builder, "create_atomic_rmw", remembering_atomic)
     monkeypatch.setattr(launch, "TILE_ROWS", 4)
-    monkeypatch.setattr(launch, "BLOCK", 64)
-    monkeypatch.setattr(launch, "JOIN_WORDS", 2)
+    monkeypatch.setattr(launch, "BLOCK_WORDS", 2)
+    monkeypatch.setattr(words, "BLOCK_WORDS", tl.constexpr(2))
     monkeypatch.setattr(launch, "SCAN_BLOCK", 8)
     return seen
 

@@ -1,0 +1,363 @@
+"""Launchers of the losses: ten kernels forward and two backward, whatever the images hold."""
+
+# Launch options are no parameters of the kernels.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import launch
+from .backward import BASE, coefficients, gradient
+from .label import label_forest
+from .pack import COLUMNS, pack
+from .tables import accumulate, link, prepare
+from .terms import PARTS, gather, instances
+
+__all__ = ["Request", "Saved", "backward", "forward", "shapes"]
+
+
+class Loss(NamedTuple):
+    """A separable loss: its reduction as `losses.pack_form` gives it, and the features it needs."""
+
+    form: tuple[float, ...] = ()
+    squared: bool = False
+    gamma: float = -1.0  # of the pointwise part; below 0 there is none
+
+
+class Request(NamedTuple):
+    """What is asked of one call, besides the images."""
+
+    channels: int
+    logits: bool
+    categorical: bool
+    threshold: float  # of the values, logits or probabilities
+    connectivity: int
+    seg: Loss | None  # None: the term is not wanted
+    own: Loss | None  # instance terms, proximity; in blob loss, the loss of a blob
+    center: Loss | None
+    dice: tuple[float, ...]  # the form of the Dice loss, of which the false rates have their derivative
+    inverse: bool  # the pixel loss is the inverse-weighted Dice
+    blob: bool
+    false_rates: bool
+    proximity: bool
+    average: str
+    reduction: str
+    by_pred: bool
+    center_size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    weights: tuple[float, ...]  # of the seven terms in `total`
+    max_instances: int | None
+    differentiable: bool
+
+    def encode(self) -> str:
+        """As text: what an operator can take."""
+        return json.dumps(self)
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def decode(text: str) -> Request:
+        def frozen(value: object) -> object:
+            return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+        request = Request(*map(frozen, json.loads(text)))
+        losses = {name: Loss(*getattr(request, name)) for name in ("seg", "own", "center") if getattr(request, name)}
+        return request._replace(**losses)
+
+    @property
+    def sides(self) -> int:
+        """2: target and prediction are labelled; 1: the target; 0: neither."""
+        if self.blob:
+            return 1
+        if self.own or self.center or self.false_rates:
+            return 2
+        return 1 if self.inverse else 0
+
+    @property
+    def features(self) -> int:
+        return 1 + (self.own is not None and (self.own.squared + (self.own.gamma >= 0)))
+
+    @property
+    def back(self) -> int:
+        """Columns of the sums over partners that the gradient needs."""
+        if not self.differentiable or self.sides < 2:
+            return 0
+        return 9 if self.proximity else 5 if self.own else 2 if self.false_rates else 0
+
+
+class Saved(NamedTuple):
+    """What the gradient needs of the forward pass; the kernels' files say what is in each."""
+
+    masks: Tensor
+    heads: Tensor
+    parents: Tensor
+    block_starts: Tensor
+    counts: Tensor
+    sums: Tensor
+    linked: Tensor
+    dense: Tensor
+    whole: Tensor
+    omega: Tensor
+    nearest: Tensor
+    owned: Tensor
+    back: Tensor
+    planar: Tensor
+    entries: Tensor
+
+
+class _Plan(NamedTuple):
+    """Sizes that follow from the shape of the images and the request; all else is left to the kernels."""
+
+    planes: int
+    depth: int
+    height: int
+    width: int
+    axes: int
+    bound: int
+    capacity: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], request: Request, given: bool) -> _Plan:
+        planes, *size = shape
+        depth, height, width = size if len(size) == 3 else (1, *size)
+        pixels = depth * height * width
+        quarters = math.prod((length + 1) // 2 for length in size)
+        most = {8: quarters, 26: quarters, 18: 2 * quarters}.get(request.connectivity, (pixels + 1) // 2)
+        bound = pixels if given else min(most, pixels)
+        if request.max_instances is not None:
+            bound = min(bound, request.max_instances)
+        pairs = min(bound * bound, pixels)
+        return cls(planes, depth, height, width, len(size), bound, max(pairs + pairs // 2, 64))
+
+    @property
+    def rows(self) -> int:
+        return self.depth * self.height
+
+    @property
+    def row_words(self) -> int:
+        return triton.cdiv(self.width, launch.WORD)
+
+    @property
+    def words(self) -> int:
+        return self.rows * self.row_words
+
+    @property
+    def blocks(self) -> int:
+        return triton.cdiv(self.words, launch.BLOCK_WORDS)
+
+    def tiles(self, rows: int) -> int:
+        return triton.cdiv(self.rows, rows)
+
+    def groups(self, programs: int, most: int) -> int:
+        """Programs per plane, so that there are about so many in all."""
+        return max(1, min(triton.cdiv(programs, self.planes), most))
+
+    @property
+    def scale_v(self) -> float:
+        """Unit of Σ v: a plane of tiles at the limit of each fits into 62 bits."""
+        tiles = self.tiles(launch.TILE_ROWS) * self.row_words
+        return 2.0 ** min(32, 36 - math.ceil(math.log2(tiles)))
+
+
+def shapes(request: Request, shape: tuple[int, ...], dtype: torch.dtype, given: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each result of `forward`: `found`, `total`, then the fields of `Saved`."""
+    plan = _Plan.of(shape, request, given)
+    sides, k = request.sides, request.features
+    planes, bound = plan.planes, plan.bound
+    two = sides == 2
+    out = torch.float64 if dtype == torch.float64 else torch.float32
+    integer = torch.int64 if dtype == torch.float64 else torch.int32
+    per_plane = request.reduction == "none"
+    both = max(sides, 1) * planes
+    return {
+        "found": ((7, planes) if per_plane else (7,), out),
+        "total": ((planes,) if per_plane else (), out),
+        "masks": ((both * plan.words,), torch.int32),
+        "heads": ((both * plan.words,), torch.int32),
+        "parents": ((sides * planes * plan.words * launch.WORD,), torch.int32),
+        "block_starts": ((sides * planes * plan.blocks,), torch.int32),
+        "counts": ((sides * planes,), torch.int32),
+        "sums": ((sides * planes * bound * (2 * (k + 1) + plan.axes),), torch.int64),
+        "linked": ((2 * two * planes * bound * k,), torch.int64),
+        "dense": ((planes * COLUMNS.value,), torch.float64),
+        "whole": ((planes * 4,), torch.float64),
+        "omega": ((planes,), torch.float64),
+        "nearest": ((2 * request.proximity * planes * bound,), integer),
+        "owned": ((2 * (request.center is not None) * planes * bound,), torch.int32),
+        "back": ((planes * bound * request.back,), torch.int64),
+        "planar": ((planes * PARTS.value,), torch.float64),
+        "entries": ((2,), torch.float64),
+    }
+
+
+def forward(
+    values: Tensor,
+    target: Tensor,
+    predicted: Tensor | None,
+    valid: Tensor | None,
+    request: Request,
+    *,
+    given: bool,
+) -> tuple[Tensor, Tensor, Saved]:
+    """The terms, their weighted sum, and what `backward` needs.
+
+    Args:
+        values: `[planes, *S]`, 2D or 3D, contiguous float16, bfloat16, float32 or float64: logits or probabilities.
+        target: `[planes, *S]` contiguous, of any real dtype: foreground, or with `given` ids of instances (integer).
+        predicted: `[planes, *S]` contiguous bool, or None: where `values >= request.threshold`.
+        valid: `[planes, *S]` contiguous bool, or None: everywhere.
+        request: all else.
+        given: whether `target` holds ids.
+
+    Returns:
+        found: `[7]`, or `[7, planes]` for `reduction="none"`: the terms in the order of `InstanceTerms`; those that
+            are not wanted are not written. Blob loss: the pixel term, then the blob term.
+        total: scalar or `[planes]`, the sum weighted by `request.weights`.
+        saved: for `backward`.
+    """
+    launch.check_device(values)
+    plan = _Plan.of(tuple(values.shape), request, given)
+    results = {
+        name: torch.empty(shape, dtype=dtype, device=values.device)
+        for name, (shape, dtype) in shapes(request, tuple(values.shape), values.dtype, given).items()
+    }
+    found, total = results.pop("found"), results.pop("total")
+    saved = Saved(**results)
+    planes, sides, k = plan.planes, request.sides, request.features
+    own, seg = request.own or Loss(), request.seg or Loss()
+    depth, height, width = plan.depth, plan.height, plan.width
+    pixels = plan.rows * width
+    center_size = (1,) * (3 - len(request.center_size)) + request.center_size
+    spacing = (1.0,) * (3 - len(request.spacing)) + request.spacing
+    wide = values.dtype == torch.float64
+    centers, boxes = request.center is not None, request.proximity
+    threshold = ctypes.c_float(request.threshold).value
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=values.device)
+
+    dense_tiles = plan.tiles(launch.DENSE_ROWS) * plan.row_words
+    partial = empty(planes, dense_tiles, COLUMNS.value, dtype=torch.float64)
+    flags = empty(planes, dtype=torch.int32)
+    ticket = empty(1, dtype=torch.int32)
+    box = empty(sides * boxes * planes * plan.bound * 2 * plan.axes, dtype=torch.int32)
+    slots = empty((sides == 2) * planes * plan.capacity, dtype=torch.int64)
+    losses = empty((request.own is not None) * sides * planes * plan.bound, dtype=torch.float64)
+    slope = empty((sides > 0) * planes * plan.bound * 2, dtype=torch.float64)
+    owners = empty(centers * 2 * planes * pixels, dtype=torch.int32)
+
+    with torch.cuda.device_of(values):
+        pack[launch.programs(planes, dense_tiles)](
+            values, target, predicted, valid, saved.masks, saved.heads, partial,
+            threshold, request.threshold - threshold, planes, plan.rows, width, plan.row_words,
+            plan.tiles(launch.DENSE_ROWS),
+            LOGITS=request.logits, GIVEN=given, PREDICTED=predicted is not None, VALID=valid is not None, SIDES=sides,
+            SUMS=request.seg is not None, SQUARED=seg.squared, GAMMA=seg.gamma,
+            POSITIVES_ONLY=request.categorical,
+            BLOB=request.blob, BLOB_SQUARED=own.squared, BLOB_GAMMA=own.gamma,
+            ROWS=launch.DENSE_ROWS, num_warps=1,
+        )  # fmt: skip
+        block_counts = saved.counts
+        if sides > 0:
+            _, block_counts, _ = label_forest(
+                saved.masks, saved.heads, sides * planes, values.shape[1:], request.connectivity, parents=saved.parents
+            )
+        groups = plan.groups(4096, triton.cdiv(plan.bound, 64))
+        prepare[launch.programs(planes, groups)](
+            partial, saved.dense, saved.whole, saved.omega, block_counts, saved.block_starts, saved.counts, saved.sums,
+            box, saved.linked, saved.back, saved.nearest, slots, flags, ticket,
+            planes, dense_tiles, plan.blocks, plan.bound, plan.capacity, depth, height, width, groups,
+            SIDES=sides, K=k, AXES=plan.axes, BACK=request.back, BOXES=boxes, PAIRS=sides == 2,
+            FAR=0x7FF0000000000000 if wide else 0x7F800000, BLOCK=512, num_warps=4,
+        )  # fmt: skip
+        if sides > 0:
+            accumulate[launch.programs(planes, plan.tiles(launch.TILE_ROWS) * plan.row_words)](
+                values, saved.masks, saved.heads, saved.parents, saved.block_starts, saved.counts, saved.sums, box,
+                slots, flags, plan.scale_v, planes, plan.rows, height, width, plan.row_words,
+                plan.tiles(launch.TILE_ROWS), plan.words * launch.WORD, plan.blocks, plan.bound, plan.capacity,
+                LOGITS=request.logits, SQUARED=own.squared, GAMMA=own.gamma, K=k, AXES=plan.axes, SIDES=sides,
+                BOXES=boxes, CENTERS=centers, PAIRS=sides == 2, ROWS=launch.TILE_ROWS, num_warps=1,
+            )  # fmt: skip
+        if sides == 2:
+            link[launch.programs(planes, groups)](
+                saved.counts, saved.sums, saved.linked, slots, owners,
+                planes, depth, height, width, plan.bound, plan.capacity, *center_size, groups,
+                K=k, AXES=plan.axes, CENTERS=centers, BLOCK=32, num_warps=1,
+            )  # fmt: skip
+        if sides == 2 or request.blob:
+            instances[launch.programs(planes, groups)](
+                saved.counts, saved.sums, saved.linked, saved.dense, box, losses, slope, saved.nearest, owners,
+                plan.scale_v, planes, depth, height, width, plan.bound, *center_size, groups, *spacing,
+                FORM=own.form, DICE=request.dice, SQUARED=own.squared, GAMMA=own.gamma, K=k, AXES=plan.axes,
+                SIDES=sides, OWN=request.own is not None, CENTERS=centers, BOXES=boxes, WIDE=wide,
+                BLOCK=32, OTHERS=8, num_warps=1,
+            )  # fmt: skip
+        groups = plan.groups(512, min(64, triton.cdiv(plan.bound, 64))) if sides else 1
+        parts = empty(planes, groups, PARTS.value, dtype=torch.float64)
+        gather[launch.programs(planes, groups)](
+            saved.counts, saved.sums, losses, slope, saved.nearest, owners, valid, slots, saved.owned, saved.back, parts,
+            saved.dense, saved.whole, saved.omega, flags, ticket, saved.planar, saved.entries, found, total,
+            planes, request.channels, depth, height, width, plan.bound, plan.capacity, *center_size, groups,
+            *request.weights,
+            SEG=seg.form, CENTER=(request.center or Loss()).form, CATEGORICAL=request.categorical,
+            INVERSE=request.inverse, AVERAGE=request.average, REDUCTION=request.reduction, BY_PRED=request.by_pred,
+            K=k, AXES=plan.axes, SIDES=sides, OWN=request.own is not None, BOXES=boxes, CENTERS=centers,
+            VALID=valid is not None, BACK=request.back, WIDE=wide, BLOCK=128, num_warps=4,
+        )  # fmt: skip
+    return found, total, saved
+
+
+def backward(
+    to_found: Tensor | None,
+    to_total: Tensor | None,
+    values: Tensor,
+    valid: Tensor | None,
+    saved: Saved,
+    request: Request,
+    *,
+    given: bool,
+) -> Tensor:
+    """∂loss/∂values, of the dtype and shape of `values`, from the derivatives by `found` and `total` (None: zero)."""
+    plan = _Plan.of(tuple(values.shape), request, given)
+    planes, sides, k = plan.planes, request.sides, request.features
+    own, seg, center = request.own or Loss(), request.seg or Loss(), request.center or Loss()
+    wide = values.dtype == torch.float64
+    real = torch.float64 if wide else torch.float32
+    result = torch.empty_like(values)
+    upstream = torch.empty(planes, dtype=torch.float64, device=values.device)
+    base = torch.empty(planes * BASE.value, dtype=real, device=values.device)
+    rows = torch.empty(sides * planes * plan.bound * 2 * k, dtype=real, device=values.device)
+    groups = plan.groups(2048, triton.cdiv(plan.bound, 64)) if sides else 0
+    block = 32
+    grid = launch.programs(1, planes * groups + triton.cdiv(planes // request.channels, block))
+    with torch.cuda.device_of(values):
+        coefficients[grid](
+            to_total, to_found, saved.counts, saved.sums, saved.linked, saved.dense, saved.whole, saved.omega,
+            saved.nearest, saved.owned, saved.back, saved.planar, saved.entries, upstream, base, rows,
+            plan.scale_v, planes, request.channels, plan.bound, groups, *request.weights,
+            TOTAL=to_total is not None, TERMS=to_found is not None,
+            AVERAGE=request.average, REDUCTION=request.reduction, BY_PRED=request.by_pred,
+            SEG=seg.form, SEG_SQUARED=seg.squared, CATEGORICAL=request.categorical, INVERSE=request.inverse,
+            FORM=own.form, SQUARED=own.squared, GAMMA=own.gamma, DICE=request.dice,
+            CENTER=center.form, CENTER_SQUARED=center.squared, CENTER_GAMMA=center.gamma,
+            K=k, AXES=plan.axes, SIDES=sides, OWN=request.own is not None, FALSES=request.false_rates,
+            BOXES=request.proximity, CENTERS=request.center is not None, BACK=request.back, WIDE=wide,
+            BLOCK=block, num_warps=1,
+        )  # fmt: skip
+        gradient[launch.programs(planes, plan.tiles(launch.TILE_ROWS) * plan.row_words)](
+            values, saved.masks, saved.heads, valid, saved.parents, saved.block_starts, base, rows, result,
+            planes, plan.rows, plan.width, plan.row_words, plan.tiles(launch.TILE_ROWS),
+            plan.words * launch.WORD, plan.blocks, plan.bound,
+            LOGITS=request.logits, VALID=valid is not None, SEG=request.seg is not None, SEG_SQUARED=seg.squared,
+            SEG_GAMMA=seg.gamma, POSITIVES_ONLY=request.categorical, SQUARED=own.squared, GAMMA=own.gamma,
+            K=k, SIDES=sides, ROWS=launch.TILE_ROWS, num_warps=1,
+        )  # fmt: skip
+    return result

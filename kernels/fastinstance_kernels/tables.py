@@ -1,0 +1,376 @@
+"""Tables of both sides: sums and boxes of every instance, and the pairs of instances that share a pixel.
+
+Rows of a side are numbered by id in their plane, `bound` rows to a plane; side 0 is the target, side 1 the prediction. A
+plane without an instance on a side has one *artificial* row 0 there, of no pixel.
+
+    sums   int64 [sides, planes, bound, 2 (K + 1) + axes]  for the pixels that the other side does not have, then for
+                 those that it has: K features in fixed point and the number of pixels; then Σ of each coordinate
+    boxes  int32 [sides, planes, bound, 2 axes]            -least and greatest coordinate of each axis
+    linked int64 [sides, planes, bound, K]                 over the instances of the other side that share a pixel with the
+                 row: Σ of their features outside of the target (target rows), or Σ of their pixels (predicted rows)
+    slots  int64 [planes, capacity]                        pairs as keys n M + m: at that place while all N M of them fit,
+                 else in a hash; EMPTY elsewhere. A pair has a pixel of its own, so the hash never fills.
+
+Everything is an integer and every update commutes: the tables are bitwise the same on every run.
+"""
+
+# Compile-time parameters are annotated tl.constexpr and take Python values; launch options are no parameters.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import triton
+import triton.language as tl
+
+from . import launch
+from .losses import features, pointwise
+from .pack import COLUMNS, wide
+from .words import head_index, instance_of
+
+WORD = tl.constexpr(launch.WORD)
+EMPTY = tl.constexpr(-1)
+NOWHERE = tl.constexpr(-(2**30))
+"""Below -coordinate and coordinate of any pixel."""
+UNDRAWN = tl.constexpr(2**31 - 1)
+"""Owner of a pixel that no centre box covers."""
+FIXED_P = tl.constexpr(2.0**32)
+"""Unit of Σ p and Σ p²: 2^31 pixels fit."""
+LIMIT_P = tl.constexpr(512.0)
+LIMIT_V = tl.constexpr(2.0**26)
+"""Sums of one tile of 256 pixels beyond these make the terms NaN: p is no probability, or v overflows."""
+
+
+@triton.jit
+def count_of(counts, side_plane, bound):
+    """Instances of a side plane, as far as the tables go."""
+    return tl.minimum(tl.load(counts + side_plane), bound)
+
+
+@triton.jit
+def _hash(key, capacity):
+    """Where the search for a key begins."""
+    mixed = (key ^ (key >> 31)) * -49064778989728563
+    mixed = (mixed ^ (mixed >> 29)) & 0xFFFFFFFF
+    return (mixed * capacity) >> 32
+
+
+@triton.jit
+def insert(slots, key, capacity):
+    """Put a key into an open hash; ends, since there are more slots than keys."""
+    at = _hash(key, capacity)
+    empty = tl.full([], EMPTY, tl.int64)
+    searching = True
+    while searching:
+        old = tl.load(slots + at, cache_modifier=".cg")
+        if old == empty:
+            old = tl.atomic_cas(slots + at, empty, key, sem="relaxed")
+        searching = (old != empty) & (old != key)
+        at = tl.where(at + 1 == capacity, 0, at + 1)
+
+
+@triton.jit
+def slots_used(n, m, capacity):
+    """How many slots of a plane there are to visit."""
+    return tl.minimum(tl.maximum(n, 1).to(tl.int64) * tl.maximum(m, 1), capacity)
+
+
+@triton.jit
+def pair_at(slots, at, n, m, inside):
+    """At some positions below `slots_used`: whether there is a pair, and its rows in the two tables."""
+    key = at
+    there = inside
+    if (n > 0) & (m > 0):
+        key = tl.load(slots + at, mask=inside, other=EMPTY)
+        there = inside & (key != EMPTY)
+    # Else the artificial row is linked to all that the other side has.
+    width = tl.maximum(m, 1)
+    row = key // width
+    return there, row.to(tl.int32), (key - row * width).to(tl.int32)
+
+
+@triton.jit
+def _clear(pointer, length, value, group, groups, BLOCK: tl.constexpr):
+    """This group's share of `pointer[:length] = value`."""
+    at = group.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = group.to(tl.int64) * BLOCK
+    while first < length:
+        tl.store(pointer + at, value, mask=at < length)
+        first += groups * BLOCK
+        at += groups * BLOCK
+
+
+@triton.jit
+def _total(block_counts, blocks, BLOCK: tl.constexpr):
+    total = 0
+    first = 0
+    while first < blocks:
+        block = first + tl.arange(0, BLOCK)
+        total += tl.sum(tl.load(block_counts + block, mask=block < blocks, other=0))
+        first += BLOCK
+    return total
+
+
+@triton.jit
+def _starts(block_counts, block_starts, blocks, BLOCK: tl.constexpr):
+    total = 0
+    first = 0
+    while first < blocks:
+        block = first + tl.arange(0, BLOCK)
+        count = tl.load(block_counts + block, mask=block < blocks, other=0)
+        tl.store(block_starts + block, total + tl.cumsum(count, axis=0) - count, mask=block < blocks)
+        total += tl.sum(count)
+        first += BLOCK
+
+
+@triton.jit(do_not_specialize=["planes", "tiles", "blocks", "bound", "capacity", "depth", "height", "width", "groups"])
+def prepare(
+    partial, dense, whole, omega, block_counts, block_starts, counts, sums, boxes, linked, back, nearest, slots, flags, ticket,
+    planes, tiles, blocks, bound, capacity, depth, height, width, groups,
+    SIDES: tl.constexpr, K: tl.constexpr, AXES: tl.constexpr, BACK: tl.constexpr,
+    BOXES: tl.constexpr, PAIRS: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One of `groups` programs of a plane: add up its tiles, start its ids, and clear the rows that will be used."""
+    program = tl.program_id(0)
+    plane = (program // groups).to(tl.int64)
+    group = program % groups
+    if program == 0:
+        tl.store(ticket, 0)
+    if group == 0:
+        place = tl.arange(0, COLUMNS)[None, :]
+        total = tl.zeros([1, COLUMNS], tl.float64)
+        first = 0
+        while first < tiles:
+            tile = first + tl.arange(0, BLOCK // COLUMNS)[:, None]
+            at = (plane * tiles + tile) * COLUMNS + place
+            total += tl.sum(tl.load(partial + at, mask=tile < tiles, other=0.0), axis=0, keep_dims=True)
+            first += BLOCK // COLUMNS
+        tl.store(dense + plane * COLUMNS + place, total)
+        poison = tl.sum(tl.where(place == 5, total, 0.0))  # 0 or NaN
+        tl.store(whole + plane * 4 + place, total + poison, mask=place < 4)
+        tl.store(omega + plane + place - 4, total, mask=place == 4)
+
+    W: tl.constexpr = 2 * (K + 1) + AXES
+    n = 0
+    m = 0
+    if SIDES > 0:
+        n = _total(block_counts + plane * blocks, blocks, BLOCK)
+    if SIDES > 1:
+        m = _total(block_counts + (planes + plane) * blocks, blocks, BLOCK)
+    if group == 0:
+        tl.store(flags + plane, ((n > bound) | (m > bound)).to(tl.int32))
+    for side in tl.static_range(SIDES):
+        side_plane = side * planes.to(tl.int64) + plane
+        found = n if side == 0 else m
+        entries = tl.minimum(tl.maximum(found, 1), bound).to(tl.int64)
+        if group == 0:
+            tl.store(counts + side_plane, found)
+            _starts(block_counts + side_plane * blocks, block_starts + side_plane * blocks, blocks, BLOCK)
+        row = side_plane * bound
+        _clear(sums + row * W, entries * W, 0, group, groups, BLOCK)
+        if PAIRS:
+            _clear(linked + row * K, entries * K, 0, group, groups, BLOCK)
+            if side == 1 and BACK > 0:
+                _clear(back + plane * bound * BACK, entries * BACK, 0, group, groups, BLOCK)
+        if BOXES:
+            _clear(nearest + row, entries, FAR, group, groups, BLOCK)
+            if found > 0:
+                _clear(boxes + row * (2 * AXES), entries * (2 * AXES), NOWHERE, group, groups, BLOCK)
+            elif group == 0:
+                # The artificial instance is the box [c - 1, c + 2) about c = size // 2, not clipped (section 2.1.4).
+                corner = tl.arange(0, 8)
+                size = tl.where(corner // 2 == AXES - 1, width, tl.where(corner // 2 == AXES - 2, height, depth))
+                box = tl.where(corner % 2 == 0, 1 - size // 2, size // 2 + 1)
+                tl.store(boxes + row * (2 * AXES) + corner, box, mask=corner < 2 * AXES)
+    if PAIRS:
+        if (n > 0) & (m > 0):
+            used = slots_used(tl.minimum(n, bound), tl.minimum(m, bound), capacity)
+            _clear(slots + plane * capacity, used, EMPTY, group, groups, BLOCK)
+
+
+@triton.jit
+def _fixed(total, scale, limit):
+    """A sum in fixed point; beyond the limit (or not a number) 0, and True."""
+    over = ~((total <= limit) & (total >= -limit))
+    return (tl.where(over, 0.0, total).to(tl.float64) * scale).to(tl.int64), over
+
+
+@triton.jit(
+    do_not_specialize=[
+        "scale_v", "planes", "rows", "height", "width", "row_words", "row_tiles", "pixels", "blocks", "bound", "capacity"
+    ]
+)  # fmt: skip
+def accumulate(
+    values, masks, heads, parents, block_starts, counts, sums, boxes, slots, flags,
+    scale_v, planes, rows, height, width, row_words, row_tiles, pixels, blocks, bound, capacity,
+    LOGITS: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr, K: tl.constexpr, AXES: tl.constexpr,
+    SIDES: tl.constexpr, BOXES: tl.constexpr, CENTERS: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One [ROWS, WORD] tile: a turn for every pair (t, q) of ids in it, 0 included; all updates of a row in one instruction."""
+    program = tl.program_id(0)
+    column = program % row_words
+    row_tile = (program // row_words) % row_tiles
+    plane = (program // row_words // row_tiles).to(tl.int64)
+    y = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
+    lane = tl.arange(0, WORD)[None, :]
+    x = column * WORD + lane
+    word = y * row_words + column
+    words = rows.to(tl.int64) * row_words
+    in_plane = y < rows
+    target = tl.load(masks + plane * words + word, mask=in_plane, other=0)
+    either = target
+    predicted = target & 0
+    other = planes.to(tl.int64) + plane
+    if SIDES == 2:
+        predicted = tl.load(masks + other * words + word, mask=in_plane, other=0)
+        either = target | predicted
+    if tl.max((either != 0).to(tl.int32)) > 0:
+        index = word * WORD + lane
+        positive = (target >> lane & 1) != 0
+        head = head_index(tl.load(heads + plane * words + word, mask=in_plane, other=0), lane, index)
+        t = instance_of(parents + plane * pixels, block_starts + plane * blocks, head, positive)
+        n = tl.load(counts + plane)
+        m = 0
+        key = t.to(tl.int64) << 32
+        if SIDES == 2:
+            found = (predicted >> lane & 1) != 0
+            head = head_index(tl.load(heads + other * words + word, mask=in_plane, other=0), lane, index)
+            q = instance_of(parents + other * pixels, block_starts + other * blocks, head, found)
+            key = key | q
+            m = tl.load(counts + other)
+
+        seen = key > 0
+        value = wide(tl.load(values + plane * rows * width + y * width + x, mask=seen, other=0.0))
+        wrong, cost, p = features(value, positive, LOGITS)
+        here = tl.max(key)
+        while here > 0:
+            kt = (here >> 32).to(tl.int32)
+            kq = (here & 0x7FFFFFFF).to(tl.int32)
+            me = key == here
+            place = tl.arange(0, 8)
+            total, over = _fixed(tl.sum(tl.where(me, p, 0.0)), FIXED_P, LIMIT_P)
+            columns = tl.where(place == 0, total, tl.where(place == K, tl.sum(me.to(tl.int32)), 0).to(tl.int64))
+            if SQUARED:
+                total, above = _fixed(tl.sum(tl.where(me, p * p, 0.0)), FIXED_P, LIMIT_P)
+                columns = tl.where(place == 1, total, columns)
+                over = over | above
+            if GAMMA >= 0:
+                v = pointwise(wrong, cost, GAMMA)
+                total, above = _fixed(tl.sum(tl.where(me, v, 0.0)), scale_v, LIMIT_V)
+                columns = tl.where(place == K - 1, total, columns)
+                over = over | above
+            box = tl.full([8], NOWHERE, tl.int32)
+            for axis in tl.static_range(AXES):
+                at = x if axis == AXES - 1 else y % height if axis == AXES - 2 else y // height
+                if CENTERS:
+                    columns = tl.where(place == K + 1 + axis, tl.sum(tl.where(me, at, 0)).to(tl.int64), columns)
+                if BOXES:
+                    box = tl.where(place == 2 * axis, tl.max(tl.where(me, -at, NOWHERE)), box)
+                    box = tl.where(place == 2 * axis + 1, tl.max(tl.where(me, at, NOWHERE)), box)
+            if (kt > bound) | (kq > bound) | over:
+                tl.store(flags + plane, 1)
+            if (kt > 0) & (kt <= bound):
+                _add_to_row(sums, boxes, plane * bound + kt - 1, kq > 0, columns, box, K, AXES, BOXES, CENTERS)
+            if (kq > 0) & (kq <= bound):
+                _add_to_row(sums, boxes, other * bound + kq - 1, kt > 0, columns, box, K, AXES, BOXES, CENTERS)
+                if PAIRS:
+                    if (kt > 0) & (kt <= bound):
+                        _insert_pair(slots + plane * capacity, kt, kq, n, m, bound, capacity)
+            key = tl.where(me, 0, key)
+            here = tl.max(key)
+
+
+@triton.jit
+def _add_to_row(
+    sums, boxes, row, shared, columns, box,
+    K: tl.constexpr, AXES: tl.constexpr, BOXES: tl.constexpr, CENTERS: tl.constexpr,
+):  # fmt: skip
+    """Add the columns of a tile (features, pixels, coordinates) to a row, and widen its box."""
+    place = tl.arange(0, 8)
+    at = tl.where(shared | (place > K), K + 1, 0) + place
+    used = K + 1 + (AXES if CENTERS else 0)
+    tl.atomic_add(sums + row * (2 * (K + 1) + AXES) + at, columns, mask=place < used, sem="relaxed")
+    if BOXES:
+        tl.atomic_max(boxes + row * (2 * AXES) + place, box, mask=place < 2 * AXES, sem="relaxed")
+
+
+@triton.jit
+def _insert_pair(slots, kt, kq, n, m, bound, capacity):
+    """Remember that instances with ids kt and kq share a pixel."""
+    m = tl.minimum(m, bound)
+    key = (kt - 1).to(tl.int64) * m + kq - 1
+    if tl.minimum(n, bound).to(tl.int64) * m <= capacity:
+        tl.store(slots + key, key)
+    else:
+        insert(slots, key, capacity)
+
+
+@triton.jit(do_not_specialize=["planes", "depth", "height", "width", "bound", "capacity", "size_z", "size_y", "size_x", "groups"])
+def link(
+    counts, sums, linked, slots, owners,
+    planes, depth, height, width, bound, capacity, size_z, size_y, size_x, groups,
+    K: tl.constexpr, AXES: tl.constexpr, CENTERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums over the partners of every row; and no owner for any pixel that a centre box will cover."""
+    program = tl.program_id(0)
+    plane = (program // groups).to(tl.int64)
+    group = program % groups
+    n = count_of(counts, plane, bound)
+    m = count_of(counts, planes.to(tl.int64) + plane, bound)
+    W: tl.constexpr = 2 * (K + 1) + AXES
+    pred = planes.to(tl.int64) + plane
+
+    used = slots_used(n, m, capacity)
+    first = group.to(tl.int64) * BLOCK
+    while first < used:
+        at = first + tl.arange(0, BLOCK)
+        there, row_t, row_q = pair_at(slots + plane * capacity, at, n, m, at < used)
+        row_t = plane * bound + row_t
+        row_q = pred * bound + row_q
+        for k in tl.static_range(K):
+            outside = tl.load(sums + row_q * W + k, mask=there, other=0)
+            tl.atomic_add(linked + row_t * K + k, outside, mask=there, sem="relaxed")
+        area = tl.load(sums + row_t * W + K, mask=there, other=0)
+        area += tl.load(sums + row_t * W + 2 * K + 1, mask=there, other=0)
+        tl.atomic_add(linked + row_q * K, area, mask=there, sem="relaxed")
+        first += groups * BLOCK
+
+    if CENTERS:
+        for side in tl.static_range(2):
+            entries = n if side == 0 else m
+            side_plane = side * planes.to(tl.int64) + plane
+            first_row = group * BLOCK
+            while first_row < entries:
+                row = first_row + tl.arange(0, BLOCK)
+                inside = row < entries
+                cz, cy, cx = center_of(sums + (side_plane * bound + row) * W, inside, K, AXES)
+                cell = 0
+                while cell < size_z * size_y * size_x:
+                    at, covered = box_pixel(cz, cy, cx, cell, depth, height, width, size_z, size_y, size_x)
+                    at = plane * depth * height * width + at
+                    tl.store(owners + at, UNDRAWN, mask=inside & covered)
+                    if side == 1:  # is also looked up in the true map
+                        pixels = planes.to(tl.int64) * depth * height * width
+                        tl.store(owners + pixels + at, UNDRAWN, mask=inside & covered)
+                    cell += 1
+                first_row += groups * BLOCK
+
+
+@triton.jit
+def center_of(row_sums, inside, K: tl.constexpr, AXES: tl.constexpr):
+    """Rounded centroids floor((2 Σx + |n|) / (2 |n|)) of some rows, in the order z, y, x."""
+    area = tl.load(row_sums + K, mask=inside, other=1) + tl.load(row_sums + 2 * K + 1, mask=inside, other=0)
+    first = 2 * K + 2
+    cx = (2 * tl.load(row_sums + first + AXES - 1, mask=inside, other=0) + area) // (2 * area)
+    cy = (2 * tl.load(row_sums + first + AXES - 2, mask=inside, other=0) + area) // (2 * area)
+    cz = cx * 0
+    if AXES == 3:
+        cz = (2 * tl.load(row_sums + first, mask=inside, other=0) + area) // (2 * area)
+    return cz.to(tl.int32), cy.to(tl.int32), cx.to(tl.int32)
+
+
+@triton.jit
+def box_pixel(cz, cy, cx, cell, depth, height, width, size_z, size_y, size_x):
+    """Pixel number `cell` of the centre boxes about some centroids, and whether it lies in the image."""
+    z = cz + cell // (size_y * size_x) - size_z // 2
+    y = cy + cell // size_x % size_y - size_y // 2
+    x = cx + cell % size_x - size_x // 2
+    covered = (z >= 0) & (z < depth) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    return (z * height + y) * width + x, covered
