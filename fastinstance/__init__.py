@@ -8,6 +8,7 @@ from . import functional
 from .backend import use_backend
 from .checks import debug_checks
 from .functional import BlobTerms, InstanceTerms, label
+from .graphs import make_graphed
 from .losses import (
     BlobLoss,
     DiceCELoss,
@@ -43,5 +44,6 @@ __all__ = [
     "debug_checks",
     "functional",
     "label",
+    "make_graphed",
     "use_backend",
 ]

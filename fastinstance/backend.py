@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 
+import torch
 from torch import Tensor
 
 __all__ = ["backend_for", "use_backend"]
@@ -38,27 +38,35 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @cache
-def _triton_is_missing() -> bool:
-    """Whether there is no Triton; says so once."""
-    if importlib.util.find_spec("triton") is not None:
+def _triton_works() -> bool:
+    """Whether the kernels can be imported; says once why not."""
+    try:
+        import fastinstance_kernels  # noqa: F401
+    except Exception as error:  # a broken Triton fails in many ways
+        warnings.warn(
+            "fastinstance works on this CUDA tensor with torch, and labels on the CPU, since its Triton kernels cannot "
+            f"be imported ({type(error).__name__}: {error}); install a Triton that fits this torch (pip install "
+            "triton), or choose torch yourself with fastinstance.use_backend('torch')",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return False
-    warnings.warn(
-        "fastinstance works on this CUDA tensor with torch, and labels on the CPU, since Triton is not installed: "
-        "pip install triton",
-        RuntimeWarning,
-        stacklevel=2,
-    )
     return True
 
 
-def backend_for(tensor: Tensor) -> str:
-    """ "triton" or "torch", for work on `tensor`."""
+@torch.compiler.assume_constant_result
+def _backend(device: str) -> str:
     chosen = _chosen.get()
-    if chosen == "triton" and not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+    if chosen == "triton" and not (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
         raise ValueError(
-            f"expected a CUDA tensor with use_backend('triton'), got one on {tensor.device}; move it with .cuda(), or "
+            f"expected a CUDA tensor with use_backend('triton'), got one on {device}; move it with .cuda(), or "
             "set TRITON_INTERPRET=1 before the first import to interpret the kernels on the CPU"
         )
     if chosen is not None:
         return chosen
-    return "triton" if tensor.is_cuda and not _triton_is_missing() else "torch"
+    return "triton" if device == "cuda" and _triton_works() else "torch"
+
+
+def backend_for(tensor: Tensor) -> str:
+    """ "triton" or "torch", for work on `tensor`."""
+    return _backend(tensor.device.type)

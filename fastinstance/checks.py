@@ -20,6 +20,7 @@ __all__ = [
     "check_connectivity",
     "check_images",
     "check_mask",
+    "check_max_instances",
     "check_per_axis",
     "check_probabilities",
     "check_size",
@@ -48,8 +49,8 @@ def debug_checks(enabled: bool = True) -> None:
 
 
 def reads_values(tensor: Tensor) -> bool:
-    """Whether the values of `tensor` may be read by a check: on the CPU, or with `debug_checks(True)`."""
-    return tensor.device.type == "cpu" or _debug
+    """Whether the values of `tensor` may be read by a check: on the CPU or with `debug_checks(True)`, untraced."""
+    return (tensor.device.type == "cpu" or _debug) and not torch.compiler.is_compiling()
 
 
 def _shape(tensor: Tensor) -> str:
@@ -69,6 +70,11 @@ def check_threshold(threshold: float) -> None:
 def check_size(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"expected {name} to be an integer >= 0 (a number of pixels), got {value!r}")
+
+
+def check_max_instances(value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"expected max_instances to be an integer >= 1 or None, got {value!r}")
 
 
 def check_activation(*, sigmoid: bool, softmax: bool, other_act: object) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from .checks import (
     check_connectivity,
     check_images,
     check_mask,
+    check_max_instances,
     check_per_axis,
     check_probabilities,
     check_size,
@@ -69,6 +68,7 @@ class Settings:
         check_choice("reduction", self.reduction, ("mean", "sum", "none"))
         check_threshold(self.threshold)
         check_size("min_size", self.min_size)
+        check_max_instances(self.max_instances)
         for name in ("pixel_loss", "instance_loss", "center_loss"):
             self._check_nested(name)
 
@@ -128,7 +128,7 @@ class _Call:
         if reads_values(target):
             check_values(target, target_labels, valid_mask, channels=input.shape[1], to_onehot_y=settings.to_onehot_y)
 
-    def planes(self) -> Planes:
+    def in_planes(self) -> Planes:
         settings = self.settings
         input, target, target_labels, valid_mask = self.images
         return to_planes(
@@ -150,7 +150,7 @@ class _Scene(_Call):
 
     def __init__(self, settings: Settings, *images: Tensor | None) -> None:
         super().__init__(settings, *images)  # pyright: ignore[reportArgumentType]
-        self.planes = super().planes()
+        self.planes = self.in_planes()
         self.poison = _poison(self.planes)
 
     def partition(self, predicted: bool) -> Partition:
@@ -227,45 +227,35 @@ def _by_instance(table: Tensor) -> Tensor:
     return table.view(-1, 2, *table.shape[1:])[1:]
 
 
-def _loss_request(loss: SeparableLoss) -> tuple[tuple[float, ...], bool, float]:
-    from fastinstance_kernels.losses import pack_form
+def _as_numbers(loss: SeparableLoss, wanted: bool) -> tuple[tuple[float, ...], bool, float] | None:
+    """A loss in the words of the kernels."""
+    form = loss.form
+    return (form.numbers, form.squared, -1.0 if form.gamma is None else form.gamma) if wanted else None
 
-    gamma = loss.form.gamma
-    return pack_form(loss.form), loss.squared, -1.0 if gamma is None else gamma
 
-
-@lru_cache(maxsize=256)
-def _request(
-    pixel: SeparableLoss, instance: SeparableLoss, center: SeparableLoss, wanted: frozenset[str], **rest: Any
-) -> str:
-    """The request of one kind of call, in the words of the kernels."""
-    from fastinstance_kernels.engine import Request
-
-    own = not {"instance_gt", "instance_pred", "proximity", "blob"}.isdisjoint(wanted)
-    return Request(
-        seg=_loss_request(pixel) if "seg" in wanted else None,  # pyright: ignore[reportArgumentType]
-        own=_loss_request(instance) if own else None,  # pyright: ignore[reportArgumentType]
-        center=_loss_request(center) if "center" in wanted else None,  # pyright: ignore[reportArgumentType]
-        dice=_loss_request(Dice())[0],
-        inverse="seg" in wanted and isinstance(pixel, InverseWeightedDice),
-        blob="blob" in wanted,
-        false_rates=not {"false_gt", "false_pred"}.isdisjoint(wanted),
-        proximity="proximity" in wanted,
-        **rest,
-    ).encode()
+def _drop_small_ids(ids: Tensor, min_size: int) -> Tensor:
+    """Ids `[planes, *S]`, 0 where their plane holds them fewer than `min_size` times; does not wait for a device."""
+    flat = ids.flatten(1).contiguous()
+    ordered = flat.sort(1).values
+    count = torch.searchsorted(ordered, flat, right=True) - torch.searchsorted(ordered, flat)
+    return ids * (count >= min_size).view(ids.shape)
 
 
 def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor], Tensor]:
     """The terms named in `weights` (blob loss: "seg" and "blob") and their weighted sum, from the kernels."""
+    from fastinstance_kernels.engine import Request
+
     settings = call.settings
-    input, target, _, valid_mask = call.images
+    input, target, labels, valid_mask = call.images
     batch, channels, *size = input.shape
+    given = labels is not None
     logits, threshold = settings.sigmoid or settings.softmax, settings.threshold
     predicted = valid = None
     if settings.softmax or settings.to_onehot_y or not settings.include_background or settings.min_size > 1:
-        planes = call.planes()
+        planes = call.in_planes()
         channels = planes.channels
         values, truth, predicted, valid = planes.values, planes.target, planes.predicted, planes.valid
+        labels = planes.labels
     else:
         values = input if settings.other_act is None else activate(settings.other_act, input)
         truth = target.expand(-1, channels, *size)
@@ -274,30 +264,46 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor]
         if settings.sigmoid:
             threshold = math.log(threshold / (1 - threshold))
     shape = (batch * channels, *size)
+    if labels is not None:
+        truth = labels.int()
 
-    def run(weights: Mapping[str, float], *masks: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+    def run(
+        weights: Mapping[str, float], truth: Tensor, predicted: Tensor | None, valid: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         order = ("seg", "blob") if "blob" in weights else InstanceTerms._fields
-        request = _request(
-            settings.pixel,
-            settings.instance,
-            settings.center,
-            frozenset(weights),
+        own = any(name in weights for name in ("instance_gt", "instance_pred", "proximity", "blob"))
+        request = Request(
             channels=channels,
             logits=logits,
             categorical=settings.softmax,
             threshold=threshold,
             connectivity=call.connectivity,
+            seg=_as_numbers(settings.pixel, "seg" in weights),  # pyright: ignore[reportArgumentType]
+            own=_as_numbers(settings.instance, own),  # pyright: ignore[reportArgumentType]
+            center=_as_numbers(settings.center, "center" in weights),  # pyright: ignore[reportArgumentType]
+            dice=Dice().form.numbers,
+            inverse="seg" in weights and isinstance(settings.pixel, InverseWeightedDice),
+            blob="blob" in weights,
+            false_rates="false_gt" in weights or "false_pred" in weights,
+            proximity="proximity" in weights,
             average=settings.average,
             reduction=settings.reduction,
             by_pred=settings.pred_normalizer == "pred",
             center_size=call.center_size,
             spacing=call.spacing,
-            weights=(*(float(weights.get(name, 0.0)) for name in order), *[0.0] * (7 - len(order))),
             max_instances=settings.max_instances,
             differentiable=values.requires_grad and torch.is_grad_enabled(),
+        ).encode()
+        factors = [float(weights.get(name, 0.0)) for name in order] + [0.0] * (7 - len(order))
+        images = [None if image is None else image.reshape(shape).contiguous() for image in (truth, predicted, valid)]
+        found, total = fused_terms(
+            values.reshape(shape).contiguous(),
+            *images,  # pyright: ignore[reportArgumentType]
+            weights=factors,
+            given=given,
+            request=request,
+            max_instances=settings.max_instances,
         )
-        images = [None if image is None else image.reshape(shape).contiguous() for image in (values, *masks)]
-        found, total = fused_terms(*images, False, request)  # pyright: ignore[reportArgumentType]
         view = (batch, channels) if settings.reduction == "none" else ()
         terms = zip(order, found.unbind(0), strict=False)
         return {name: value.view(view) for name, value in terms if name in weights}, total.view(view)
@@ -306,9 +312,13 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor]
         return run(weights, truth, predicted, valid)
     # Components that are too small stay in the pixel term.
     assert predicted is not None
-    kept = [label_planes(mask, None, call.connectivity, settings.min_size)[0] > 0 for mask in (truth, predicted)]
+
+    def keep(mask: Tensor) -> Tensor:
+        return label_planes(mask, None, call.connectivity, settings.min_size)[0] > 0
+
+    kept = _drop_small_ids(truth, settings.min_size) if given else keep(truth)
     rest = {name: weight for name, weight in weights.items() if name != "seg"}
-    found, total = run(rest, *kept, valid)
+    found, total = run(rest, kept, keep(predicted), valid)
     if "seg" in weights:
         seg, share = run({"seg": weights["seg"]}, truth, predicted, valid)
         found, total = seg | found, total + share
@@ -324,14 +334,12 @@ def weighted_sum(
     valid_mask: Tensor | None = None,
 ) -> Tensor:
     """Sum of weight · term over the named terms, of `InstanceTerms` or ("seg", "blob") of `BlobTerms`."""
-    if target_labels is None and backend_for(input) == "triton":
+    if backend_for(input) == "triton":
         call = _Call(settings, input, target, target_labels, valid_mask)
         return _fused(call, weights)[1]
     images = input, target, target_labels, valid_mask
-    if "blob" in weights:
-        found = evaluate_blob(settings, *images)._asdict()
-    else:
-        found = evaluate(settings, weights, *images)
+    blob = "blob" in weights
+    found = evaluate_blob(settings, *images)._asdict() if blob else evaluate(settings, weights, *images)
     first, *rest = (weight * found[name] for name, weight in weights.items())
     return sum(rest, first)
 
@@ -345,7 +353,7 @@ def evaluate(
     valid_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The wanted terms of `InstanceTerms` by name; what nobody wants is not computed."""
-    if target_labels is None and backend_for(input) == "triton":
+    if backend_for(input) == "triton":
         return _fused(_Call(settings, input, target, target_labels, valid_mask), dict.fromkeys(wanted, 0.0))[0]
     scene = _Scene(settings, input, target, target_labels, valid_mask)
     planes, loss = scene.planes, settings.instance
@@ -417,6 +425,7 @@ def instance_terms(
     spacing: float | Sequence[float] | None = None,
     pred_normalizer: str = "pred",
     reduction: str = "mean",
+    max_instances: int | None = None,
     target_labels: Tensor | None = None,
     valid_mask: Tensor | None = None,
 ) -> InstanceTerms:
@@ -445,6 +454,9 @@ def instance_terms(
         pred_normalizer: "pred" averages `instance_pred` over predicted instances; "gt" divides the sum by the number of
             ground-truth instances, as Eq. 3 is printed.
         reduction: "mean"; "none" for values per plane `[B, C]`; "sum" for their sum.
+        max_instances: limit on the instances of a plane on either side, which makes the kernels' tables smaller; None
+            has room for the most that there can be. Beyond it the terms are NaN, and the next call says so in a
+            warning. The CPU needs no limit and has none.
         target_labels: `[B, C, *S]` integer ids of ground-truth instances, 0 = background, which may touch and need
             not be consecutive; None takes the connected components of the target.
         valid_mask: `[B, 1, *S]`, 1 where a pixel counts (partial annotation, ignore label).
@@ -476,6 +488,7 @@ def instance_terms(
         spacing=spacing,
         pred_normalizer=pred_normalizer,
         reduction=reduction,
+        max_instances=max_instances,
     )
     found = evaluate(settings, InstanceTerms._fields, input, target, target_labels, valid_mask)
     return InstanceTerms(**found)
@@ -520,7 +533,7 @@ def evaluate_blob(
     target_labels: Tensor | None = None,
     valid_mask: Tensor | None = None,
 ) -> BlobTerms:
-    if target_labels is None and backend_for(input) == "triton":
+    if backend_for(input) == "triton":
         call = _Call(settings, input, target, target_labels, valid_mask)
         return BlobTerms(**_fused(call, {"seg": 0.0, "blob": 0.0})[0])
     scene = _Scene(settings, input, target, target_labels, valid_mask)
@@ -567,6 +580,7 @@ def blob_terms(
     connectivity: int | None = None,
     min_size: int = 0,
     reduction: str = "mean",
+    max_instances: int | None = None,
     target_labels: Tensor | None = None,
     valid_mask: Tensor | None = None,
 ) -> BlobTerms:
@@ -591,6 +605,7 @@ def blob_terms(
         connectivity=connectivity,
         min_size=min_size,
         reduction=reduction,
+        max_instances=max_instances,
     )
     return evaluate_blob(settings, input, target, target_labels, valid_mask)
 

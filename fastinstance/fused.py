@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,16 +12,30 @@ __all__ = ["fused_terms"]
 
 _RESULTS = 17
 """`found`, `total` and the fields of `fastinstance_kernels.engine.Saved`."""
+_COUNTS = 4
+"""Which of these fields are the instances of each plane."""
 
 
 def _terms(
-    values: Tensor, target: Tensor, predicted: Tensor | None, valid: Tensor | None, given: bool, request: str
+    values: Tensor,
+    target: Tensor,
+    predicted: Tensor | None,
+    valid: Tensor | None,
+    weights: list[float],
+    given: bool,
+    request: str,
 ) -> tuple[Tensor, ...]:
     from fastinstance_kernels import engine
 
-    found, total, saved = engine.forward(
-        values, target, predicted, valid, engine.Request.decode(request), given=given
-    )
+    try:
+        found, total, saved = engine.forward(
+            values, target, predicted, valid, weights, engine.Request.decode(request), given=given
+        )
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"{error} The tables of the instances have room for the most that there can be: limit them with "
+            "max_instances=, pass fewer planes at a time, or choose fastinstance.use_backend('torch')."
+        ) from error
     return found, total, *saved
 
 
@@ -28,7 +43,8 @@ terms_op = torch.library.custom_op(
     "fastinstance::terms",
     _terms,
     mutates_args=(),
-    schema="(Tensor values, Tensor target, Tensor? predicted, Tensor? valid, bool given, str request) -> ("
+    schema="(Tensor values, Tensor target, Tensor? predicted, Tensor? valid, float[] weights, bool given, str request)"
+    + " -> ("
     + ", ".join(["Tensor"] * _RESULTS)
     + ")",
 )
@@ -36,7 +52,13 @@ terms_op = torch.library.custom_op(
 
 @terms_op.register_fake
 def _(
-    values: Tensor, target: Tensor, predicted: Tensor | None, valid: Tensor | None, given: bool, request: str
+    values: Tensor,
+    target: Tensor,
+    predicted: Tensor | None,
+    valid: Tensor | None,
+    weights: list[float],
+    given: bool,
+    request: str,
 ) -> tuple[Tensor, ...]:
     from fastinstance_kernels import engine
 
@@ -50,13 +72,14 @@ def _gradient(
     values: Tensor,
     valid: Tensor | None,
     saved: list[Tensor],
+    weights: list[float],
     given: bool,
     request: str,
 ) -> Tensor:
     from fastinstance_kernels import engine
 
     return engine.backward(
-        to_found, to_total, values, valid, engine.Saved(*saved), engine.Request.decode(request), given=given
+        to_found, to_total, values, valid, engine.Saved(*saved), weights, engine.Request.decode(request), given=given
     )
 
 
@@ -64,7 +87,8 @@ gradient_op = torch.library.custom_op(
     "fastinstance::terms_gradient",
     _gradient,
     mutates_args=(),
-    schema="(Tensor? to_found, Tensor? to_total, Tensor values, Tensor? valid, Tensor[] saved, bool given, str request)"
+    schema="(Tensor? to_found, Tensor? to_total, Tensor values, Tensor? valid, Tensor[] saved, float[] weights, "
+    "bool given, str request)"
     " -> Tensor",
 )
 
@@ -76,6 +100,7 @@ def _(
     values: Tensor,
     valid: Tensor | None,
     saved: list[Tensor],
+    weights: list[float],
     given: bool,
     request: str,
 ) -> Tensor:
@@ -83,7 +108,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    values, _, _, valid, ctx.given, ctx.request = inputs
+    values, _, _, valid, ctx.weights, ctx.given, ctx.request = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(values, valid, *output[2:])
@@ -94,8 +119,8 @@ def _backward(ctx: Any, to_found: Tensor | None, to_total: Tensor | None, *_: An
     gradient = None
     if to_found is not None or to_total is not None:
         given = [None if g is None else g.contiguous() for g in (to_found, to_total)]
-        gradient = gradient_op(*given, values, valid, saved, ctx.given, ctx.request)
-    return gradient, None, None, None, None, None
+        gradient = gradient_op(*given, values, valid, saved, ctx.weights, ctx.given, ctx.request)
+    return gradient, None, None, None, None, None, None
 
 
 terms_op.register_autograd(_backward, setup_context=_save)
@@ -111,9 +136,43 @@ def _no_second_derivative(ctx: Any, *_: Tensor) -> None:
 gradient_op.register_autograd(_no_second_derivative)
 
 
+_pending: list[tuple[torch.cuda.Event | None, Tensor, int]] = []
+"""Instance counts on their way to the host, with the event that says that they have come, and their limit."""
+
+
+def _report(counts: Tensor, limit: int) -> None:
+    """Send the largest count to the host without waiting for it, and warn of earlier ones that were too large."""
+    if torch.compiler.is_compiling() or (counts.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    most, event = counts.amax(), None
+    if counts.is_cuda:
+        most = torch.empty((), dtype=most.dtype, pin_memory=True).copy_(most, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+    _pending.append((event, most, limit))
+    while _pending and (_pending[0][0] is None or _pending[0][0].query()):
+        _, most, limit = _pending.pop(0)
+        if most > limit:
+            warnings.warn(
+                f"a plane had {int(most)} instances, more than max_instances={limit}: the loss of that call is NaN; "
+                f"set max_instances to at least {int(most)}, or to None",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
 def fused_terms(
-    values: Tensor, target: Tensor, predicted: Tensor | None, valid: Tensor | None, given: bool, request: str
+    values: Tensor,
+    target: Tensor,
+    predicted: Tensor | None,
+    valid: Tensor | None,
+    weights: list[float],
+    given: bool,
+    request: str,
+    max_instances: int | None,
 ) -> tuple[Tensor, Tensor]:
     """All terms and their weighted sum; arguments and results as `fastinstance_kernels.engine.forward`."""
-    found, total, *_ = terms_op(values, target, predicted, valid, given, request)
+    found, total, *saved = terms_op(values, target, predicted, valid, weights, given, request)
+    if max_instances is not None and saved[_COUNTS].numel():
+        _report(saved[_COUNTS], max_instances)
     return found, total

@@ -56,6 +56,7 @@ class BlobOptions(ImageOptions, total=False):
     instance_loss: object
     connectivity: int | None
     min_size: int
+    max_instances: int | None
 
 
 class InstanceOptions(BlobOptions, total=False):

@@ -105,6 +105,9 @@ class Ratio(NamedTuple):
         return self.weight * (1 - (self.a * intersection + self.nr) / denominator)
 
 
+_WEIGHTINGS = ("plain", "generalized", "inverse")
+
+
 class Form(NamedTuple):
     """R as data: the sum of the `ratios`, plus the two weights times the mean over Ω of v = w^gamma · c."""
 
@@ -113,6 +116,15 @@ class Form(NamedTuple):
     joined_weight: float = 0  # the same, but channels that are one softmax distribution are summed
     gamma: float | None = None  # None: no pointwise part
     squared: bool = False  # k = 2
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """R as the kernels take it: the two pointwise weights, then eight numbers for each ratio."""
+        numbers = [float(self.pointwise_weight), float(self.joined_weight)]
+        for ratio in self.ratios:
+            numbers += map(float, (ratio.weight, ratio.a, ratio.nr, ratio.b, ratio.c, ratio.d, ratio.dr))
+            numbers.append(float(_WEIGHTINGS.index(ratio.weighting)))
+        return tuple(numbers)
 
 
 class SeparableLoss:

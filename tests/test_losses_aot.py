@@ -6,16 +6,13 @@ from typing import Any
 
 import pytest
 import triton
-from fastinstance_kernels.losses import pack_form
 from triton.compiler import ASTSource
 
 from bench import aot
 from fastinstance.pixel import Dice, Focal, GeneralizedDice, InverseWeightedDice, WeightedSum
 from tests.loss_kernels import of_channels, of_pixels, of_planes
 
-FORM = pack_form(
-    WeightedSum(((0.5, GeneralizedDice()), (1.0, Focal()), (2.0, Dice()), (1.0, InverseWeightedDice()))).form
-)
+FORM = WeightedSum(((0.5, GeneralizedDice()), (1.0, Focal()), (2.0, Dice()), (1.0, InverseWeightedDice()))).form.numbers
 PIXELS = {"GAMMA": 2.0, "BLOCK": 128}
 PLANES = {"FORM": FORM, "BLOCK": 128}
 KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {

@@ -15,7 +15,7 @@ import fastinstance
 ROOT = Path(__file__).parent.parent
 # A module may import from the layers above its own in this list (and from its own).
 LAYERS = [
-    {"backend", "boxes", "checks", "pixel"},
+    {"backend", "boxes", "checks", "fused", "graphs", "pixel"},
     {"components", "ops", "planes"},
     {"partition"},
     {"terms"},

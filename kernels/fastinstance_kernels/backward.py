@@ -1,14 +1,15 @@
 """The gradient: a coefficient for every row of the tables, then one pass over the pixels that looks them up.
 
-    base         float [planes, BASE]                of every pixel, by whether G = 1
-    coefficients float [sides, planes, bound, 2, K]  of the pixels of an instance that the other side does not have, and has
+    base  float [planes, BASE]                of every pixel, by whether G = 1
+    rows  float [sides, planes, bound, 2, K]  of the pixels of an instance that the other side does not have, then has
 
 A pixel's gradient is the sum over its features of dφ/dx times the coefficients of its plane, of its instance on either
 side: a gather, without atomics.
 """
 
 # Compile-time parameters are annotated tl.constexpr and take Python values; launch options are no parameters.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
@@ -58,7 +59,8 @@ def _upstream(
     do_not_specialize=[
         "scale_v", "planes", "channels", "bound", "groups",
         "seg", "instance_gt", "instance_pred", "center", "false_gt", "false_pred", "proximity",
-    ]
+    ],
+    do_not_specialize_on_alignment=["to_total", "to_terms"],
 )  # fmt: skip
 def coefficients(
     to_total, to_terms, counts, sums, linked, dense, whole, omega, nearest, owned, back, planar, entries,
@@ -289,7 +291,10 @@ def coefficients(
                 first += groups * BLOCK
 
 
-@triton.jit(do_not_specialize=["planes", "rows", "width", "row_words", "row_tiles", "pixels", "blocks", "bound"])
+@triton.jit(
+    do_not_specialize=["planes", "rows", "width", "row_words", "row_tiles", "pixels", "blocks", "bound"],
+    do_not_specialize_on_alignment=["values", "valid", "result"],
+)
 def gradient(
     values, masks, heads, valid, parents, block_starts, base, coefficients, result,
     planes, rows, width, row_words, row_tiles, pixels, blocks, bound,

@@ -1,13 +1,15 @@
 """Launchers of the losses: ten kernels forward and two backward, whatever the images hold."""
 
 # Launch options are no parameters of the kernels.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
 import ctypes
 import json
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,20 +19,26 @@ from torch import Tensor
 
 from . import launch
 from .backward import BASE, coefficients, gradient
+from .given import given_forest
 from .label import label_forest
 from .pack import COLUMNS, pack
-from .tables import accumulate, link, prepare
+from .tables import accumulate, link, prepare, slots_for
 from .terms import PARTS, gather, instances
 
 __all__ = ["Request", "Saved", "backward", "forward", "shapes"]
 
 
 class Loss(NamedTuple):
-    """A separable loss: its reduction as `losses.pack_form` gives it, and the features it needs."""
+    """A separable loss: its reduction as `losses.FORM` numbers, and the features it needs."""
 
     form: tuple[float, ...] = ()
     squared: bool = False
     gamma: float = -1.0  # of the pointwise part; below 0 there is none
+
+
+@torch.compiler.assume_constant_result
+def _as_text(fields: tuple[object, ...]) -> str:
+    return json.dumps(fields)
 
 
 class Request(NamedTuple):
@@ -54,13 +62,12 @@ class Request(NamedTuple):
     by_pred: bool
     center_size: tuple[int, ...]
     spacing: tuple[float, ...]
-    weights: tuple[float, ...]  # of the seven terms in `total`
     max_instances: int | None
     differentiable: bool
 
     def encode(self) -> str:
         """As text: what an operator can take."""
-        return json.dumps(self)
+        return _as_text(tuple(self))
 
     @staticmethod
     @lru_cache(maxsize=256)
@@ -129,13 +136,14 @@ class _Plan(NamedTuple):
         planes, *size = shape
         depth, height, width = size if len(size) == 3 else (1, *size)
         pixels = depth * height * width
+        launch.check_plane(depth * height, width, shape)
         quarters = math.prod((length + 1) // 2 for length in size)
         most = {8: quarters, 26: quarters, 18: 2 * quarters}.get(request.connectivity, (pixels + 1) // 2)
         bound = pixels if given else min(most, pixels)
         if request.max_instances is not None:
             bound = min(bound, request.max_instances)
         pairs = min(bound * bound, pixels)
-        return cls(planes, depth, height, width, len(size), bound, max(pairs + pairs // 2, 64))
+        return cls(planes, depth, height, width, len(size), bound, slots_for(pairs))
 
     @property
     def rows(self) -> int:
@@ -162,12 +170,14 @@ class _Plan(NamedTuple):
 
     @property
     def scale_v(self) -> float:
-        """Unit of Σ v: a plane of tiles at the limit of each fits into 62 bits."""
+        """Unit of Σ v: 62 bits hold a plane of tiles with 256 sums, one for every pixel, at the limit of each."""
         tiles = self.tiles(launch.TILE_ROWS) * self.row_words
-        return 2.0 ** min(32, 36 - math.ceil(math.log2(tiles)))
+        return 2.0 ** min(32, 28 - math.ceil(math.log2(tiles)))
 
 
-def shapes(request: Request, shape: tuple[int, ...], dtype: torch.dtype, given: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def shapes(
+    request: Request, shape: tuple[int, ...], dtype: torch.dtype, given: bool
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of each result of `forward`: `found`, `total`, then the fields of `Saved`."""
     plan = _Plan.of(shape, request, given)
     sides, k = request.sides, request.features
@@ -203,6 +213,7 @@ def forward(
     target: Tensor,
     predicted: Tensor | None,
     valid: Tensor | None,
+    weights: Sequence[float],
     request: Request,
     *,
     given: bool,
@@ -211,16 +222,17 @@ def forward(
 
     Args:
         values: `[planes, *S]`, 2D or 3D, contiguous float16, bfloat16, float32 or float64: logits or probabilities.
-        target: `[planes, *S]` contiguous, of any real dtype: foreground, or with `given` ids of instances (integer).
+        target: `[planes, *S]` contiguous, of any real dtype: foreground, or with `given` ids of instances (int32).
         predicted: `[planes, *S]` contiguous bool, or None: where `values >= request.threshold`.
         valid: `[planes, *S]` contiguous bool, or None: everywhere.
+        weights: of the seven terms in `total`.
         request: all else.
         given: whether `target` holds ids.
 
     Returns:
         found: `[7]`, or `[7, planes]` for `reduction="none"`: the terms in the order of `InstanceTerms`; those that
             are not wanted are not written. Blob loss: the pixel term, then the blob term.
-        total: scalar or `[planes]`, the sum weighted by `request.weights`.
+        total: scalar or `[planes]`, the weighted sum.
         saved: for `backward`.
     """
     launch.check_device(values)
@@ -249,7 +261,9 @@ def forward(
     flags = empty(planes, dtype=torch.int32)
     ticket = empty(1, dtype=torch.int32)
     box = empty(sides * boxes * planes * plan.bound * 2 * plan.axes, dtype=torch.int32)
-    slots = empty((sides == 2) * planes * plan.capacity, dtype=torch.int64)
+    # Of the given ids first, of the pairs later.
+    slot_counts = (plan.capacity if sides == 2 else 0, slots_for(pixels) if given and sides else 0)
+    slots = empty(planes * max(slot_counts), dtype=torch.int64)
     losses = empty((request.own is not None) * sides * planes * plan.bound, dtype=torch.float64)
     slope = empty((sides > 0) * planes * plan.bound * 2, dtype=torch.float64)
     owners = empty(centers * 2 * planes * pixels, dtype=torch.int32)
@@ -267,9 +281,12 @@ def forward(
         )  # fmt: skip
         block_counts = saved.counts
         if sides > 0:
+            if given:
+                given_forest(target, saved.heads, saved.parents, slots, planes, values.shape[1:])
             _, block_counts, _ = label_forest(
-                saved.masks, saved.heads, sides * planes, values.shape[1:], request.connectivity, parents=saved.parents
-            )
+                saved.masks, saved.heads, sides * planes, values.shape[1:], request.connectivity,
+                parents=saved.parents, first_given=planes if given else 0,
+            )  # fmt: skip
         groups = plan.groups(4096, triton.cdiv(plan.bound, 64))
         prepare[launch.programs(planes, groups)](
             partial, saved.dense, saved.whole, saved.omega, block_counts, saved.block_starts, saved.counts, saved.sums,
@@ -300,17 +317,17 @@ def forward(
                 SIDES=sides, OWN=request.own is not None, CENTERS=centers, BOXES=boxes, WIDE=wide,
                 BLOCK=32, OTHERS=8, num_warps=1,
             )  # fmt: skip
-        groups = plan.groups(512, min(64, triton.cdiv(plan.bound, 64))) if sides else 1
+        groups = plan.groups(1024, min(64, triton.cdiv(plan.bound, 64))) if sides else 1
         parts = empty(planes, groups, PARTS.value, dtype=torch.float64)
         gather[launch.programs(planes, groups)](
-            saved.counts, saved.sums, losses, slope, saved.nearest, owners, valid, slots, saved.owned, saved.back, parts,
-            saved.dense, saved.whole, saved.omega, flags, ticket, saved.planar, saved.entries, found, total,
+            saved.counts, saved.sums, losses, slope, saved.nearest, owners, valid, slots, saved.owned, saved.back,
+            parts, saved.dense, saved.whole, saved.omega, flags, ticket, saved.planar, saved.entries, found, total,
             planes, request.channels, depth, height, width, plan.bound, plan.capacity, *center_size, groups,
-            *request.weights,
+            *weights,
             SEG=seg.form, CENTER=(request.center or Loss()).form, CATEGORICAL=request.categorical,
             INVERSE=request.inverse, AVERAGE=request.average, REDUCTION=request.reduction, BY_PRED=request.by_pred,
             K=k, AXES=plan.axes, SIDES=sides, OWN=request.own is not None, BOXES=boxes, CENTERS=centers,
-            VALID=valid is not None, BACK=request.back, WIDE=wide, BLOCK=128, num_warps=4,
+            VALID=valid is not None, BACK=request.back, WIDE=wide, BLOCK=32, num_warps=1,
         )  # fmt: skip
     return found, total, saved
 
@@ -321,6 +338,7 @@ def backward(
     values: Tensor,
     valid: Tensor | None,
     saved: Saved,
+    weights: Sequence[float],
     request: Request,
     *,
     given: bool,
@@ -342,7 +360,7 @@ def backward(
         coefficients[grid](
             to_total, to_found, saved.counts, saved.sums, saved.linked, saved.dense, saved.whole, saved.omega,
             saved.nearest, saved.owned, saved.back, saved.planar, saved.entries, upstream, base, rows,
-            plan.scale_v, planes, request.channels, plan.bound, groups, *request.weights,
+            plan.scale_v, planes, request.channels, plan.bound, groups, *weights,
             TOTAL=to_total is not None, TERMS=to_found is not None,
             AVERAGE=request.average, REDUCTION=request.reduction, BY_PRED=request.by_pred,
             SEG=seg.form, SEG_SQUARED=seg.squared, CATEGORICAL=request.categorical, INVERSE=request.inverse,

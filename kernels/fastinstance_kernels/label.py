@@ -567,12 +567,7 @@ def label_planes(
     row_words = triton.cdiv(width, launch.WORD)
     rows = depth * height
     words = rows * row_words
-    if words * launch.WORD > launch.MAX_PLANE_PIXELS:
-        raise ValueError(
-            f"expected planes of at most 2^31 - 4096 = {launch.MAX_PLANE_PIXELS} pixels, got {words * launch.WORD} "
-            f"in each plane of shape {tuple(x.shape)} (rows rounded up to multiples of {launch.WORD}); "
-            "crop the image or label it in parts"
-        )
+    launch.check_plane(rows, width, x.shape)
     extents = ((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
     if sum(extents) >= 2**31:
         x = x.contiguous()  # offsets inside a plane are int32

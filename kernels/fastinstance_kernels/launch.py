@@ -1,5 +1,7 @@
 """What the launchers share: tile sizes, size limits, and the checks that come before a launch."""
 
+from collections.abc import Sequence
+
 import torch
 from triton import knobs
 
@@ -38,6 +40,16 @@ def check_device(x: torch.Tensor) -> None:
         raise ValueError(
             f"expected a CUDA tensor, got one on {x.device}; move it with .cuda(), "
             "or set TRITON_INTERPRET=1 before the first import to interpret the kernels on the CPU"
+        )
+
+
+def check_plane(rows: int, width: int, shape: Sequence[int]) -> None:
+    """Raise ValueError where a plane of so many rows is too large for indices of 32 bits."""
+    pixels = rows * -(-width // WORD) * WORD
+    if pixels > MAX_PLANE_PIXELS:
+        raise ValueError(
+            f"expected planes of at most 2^31 - 4096 = {MAX_PLANE_PIXELS} pixels, got {pixels} in each plane of shape "
+            f"{tuple(shape)} (rows rounded up to multiples of {WORD}); crop the image or work on its parts"
         )
 
 

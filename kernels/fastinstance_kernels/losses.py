@@ -1,14 +1,14 @@
 """Separable losses in kernels: what a pixel adds to the sums, and the reduction of the sums; with their derivatives.
 
 Functions for other kernels to call. Those of a pixel take a block of float32 or float64 values and give the same type;
-those of the sums work on blocks of float64. A reduction is a compile-time `FORM`, from `pack_form`.
+those of the sums work on blocks of float64. A reduction is a compile-time `FORM`,
+the `numbers` of a `fastinstance.pixel.Form`: flat, since Triton does not take nested tuples at compile time.
 """
 
 # Compile-time parameters are annotated tl.constexpr and take Python values.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 
 import math
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -17,21 +17,11 @@ EPS = tl.constexpr(1e-7)  # the logarithm of a given probability is log(max(p, E
 MISSED = tl.constexpr(-math.log(1e-7))
 """The pointwise function of a pixel of the target that is masked out of the prediction (p = 0)."""
 
-WEIGHTINGS = ("plain", "generalized", "inverse")
 PLAIN, GENERALIZED, INVERSE = (tl.constexpr(i) for i in range(3))
 
 # FORM: the pointwise weight, the one of it whose channels may be joined, and RATIO numbers for each ratio.
 RATIOS = tl.constexpr(2)
 RATIO = tl.constexpr(8)
-
-
-def pack_form(form: Any) -> tuple[float, ...]:
-    """A `fastinstance.pixel.Form` as numbers: flat, since Triton does not take nested tuples at compile time."""
-    numbers = [float(form.pointwise_weight), float(form.joined_weight)]
-    for ratio in form.ratios:
-        numbers += map(float, (ratio.weight, ratio.a, ratio.nr, ratio.b, ratio.c, ratio.d, ratio.dr))
-        numbers.append(float(WEIGHTINGS.index(ratio.weighting)))
-    return tuple(numbers)
 
 
 @triton.jit

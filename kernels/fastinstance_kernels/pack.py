@@ -4,7 +4,8 @@ The image is read here and where `accumulate` finds foreground; all that labels 
 """
 
 # Compile-time parameters are annotated tl.constexpr and take Python values; launch options are no parameters.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
@@ -25,7 +26,10 @@ def wide(value):
     return value if value.dtype == tl.float64 else value.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows", "width", "row_words", "row_tiles", "planes", "threshold", "threshold_rest"])
+@triton.jit(
+    do_not_specialize=["rows", "width", "row_words", "row_tiles", "planes", "threshold", "threshold_rest"],
+    do_not_specialize_on_alignment=["values", "target", "predicted", "valid"],
+)
 def pack(
     values, target, predicted, valid, masks, heads, partial,
     threshold, threshold_rest, planes, rows, width, row_words, row_tiles,

@@ -1,21 +1,22 @@
 """Tables of both sides: sums and boxes of every instance, and the pairs of instances that share a pixel.
 
-Rows of a side are numbered by id in their plane, `bound` rows to a plane; side 0 is the target, side 1 the prediction. A
-plane without an instance on a side has one *artificial* row 0 there, of no pixel.
+Rows of a side are numbered by id in their plane, `bound` rows to a plane; side 0 is the target, side 1 the prediction.
+A plane without an instance on a side has one *artificial* row 0 there, of no pixel.
 
     sums   int64 [sides, planes, bound, 2 (K + 1) + axes]  for the pixels that the other side does not have, then for
                  those that it has: K features in fixed point and the number of pixels; then Σ of each coordinate
     boxes  int32 [sides, planes, bound, 2 axes]            -least and greatest coordinate of each axis
-    linked int64 [sides, planes, bound, K]                 over the instances of the other side that share a pixel with the
-                 row: Σ of their features outside of the target (target rows), or Σ of their pixels (predicted rows)
-    slots  int64 [planes, capacity]                        pairs as keys n M + m: at that place while all N M of them fit,
-                 else in a hash; EMPTY elsewhere. A pair has a pixel of its own, so the hash never fills.
+    linked int64 [sides, planes, bound, K]  over the instances of the other side that share a pixel with the row: Σ of
+                 their features outside of the target (target rows), or of their pixels (predicted rows, first column)
+    slots  int64 [planes, capacity]  pairs as keys n M + m: at that place while all N M of them fit, else in a hash;
+                 EMPTY elsewhere. A pair has a pixel of its own, so the hash never fills.
 
 Everything is an integer and every update commutes: the tables are bitwise the same on every run.
 """
 
 # Compile-time parameters are annotated tl.constexpr and take Python values; launch options are no parameters.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
@@ -44,24 +45,27 @@ def count_of(counts, side_plane, bound):
     return tl.minimum(tl.load(counts + side_plane), bound)
 
 
+def slots_for(keys: int) -> int:
+    """Slots of an open hash of up to so many keys."""
+    return max(keys + keys // 2, 64)
+
+
 @triton.jit
-def _hash(key, capacity):
-    """Where the search for a key begins."""
+def hash_of(key, capacity):
+    """Where the search for a key begins; the product of 31 bits and a capacity below 2^32 fits."""
     mixed = (key ^ (key >> 31)) * -49064778989728563
-    mixed = (mixed ^ (mixed >> 29)) & 0xFFFFFFFF
-    return (mixed * capacity) >> 32
+    mixed = (mixed ^ (mixed >> 29)) & 0x7FFFFFFF
+    return (mixed * capacity) >> 31
 
 
 @triton.jit
 def insert(slots, key, capacity):
     """Put a key into an open hash; ends, since there are more slots than keys."""
-    at = _hash(key, capacity)
+    at = hash_of(key, capacity)
     empty = tl.full([], EMPTY, tl.int64)
     searching = True
     while searching:
-        old = tl.load(slots + at, cache_modifier=".cg")
-        if old == empty:
-            old = tl.atomic_cas(slots + at, empty, key, sem="relaxed")
+        old = tl.atomic_cas(slots + at, empty, key, sem="relaxed")
         searching = (old != empty) & (old != key)
         at = tl.where(at + 1 == capacity, 0, at + 1)
 
@@ -122,7 +126,8 @@ def _starts(block_counts, block_starts, blocks, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["planes", "tiles", "blocks", "bound", "capacity", "depth", "height", "width", "groups"])
 def prepare(
-    partial, dense, whole, omega, block_counts, block_starts, counts, sums, boxes, linked, back, nearest, slots, flags, ticket,
+    partial, dense, whole, omega, block_counts, block_starts, counts, sums, boxes, linked, back, nearest, slots, flags,
+    ticket,
     planes, tiles, blocks, bound, capacity, depth, height, width, groups,
     SIDES: tl.constexpr, K: tl.constexpr, AXES: tl.constexpr, BACK: tl.constexpr,
     BOXES: tl.constexpr, PAIRS: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr,
@@ -135,13 +140,14 @@ def prepare(
         tl.store(ticket, 0)
     if group == 0:
         place = tl.arange(0, COLUMNS)[None, :]
-        total = tl.zeros([1, COLUMNS], tl.float64)
+        totals = tl.zeros([BLOCK // COLUMNS, COLUMNS], tl.float64)
         first = 0
         while first < tiles:
             tile = first + tl.arange(0, BLOCK // COLUMNS)[:, None]
             at = (plane * tiles + tile) * COLUMNS + place
-            total += tl.sum(tl.load(partial + at, mask=tile < tiles, other=0.0), axis=0, keep_dims=True)
+            totals += tl.load(partial + at, mask=tile < tiles, other=0.0)
             first += BLOCK // COLUMNS
+        total = tl.sum(totals, axis=0, keep_dims=True)
         tl.store(dense + plane * COLUMNS + place, total)
         poison = tl.sum(tl.where(place == 5, total, 0.0))  # 0 or NaN
         tl.store(whole + plane * 4 + place, total + poison, mask=place < 4)
@@ -179,23 +185,24 @@ def prepare(
                 size = tl.where(corner // 2 == AXES - 1, width, tl.where(corner // 2 == AXES - 2, height, depth))
                 box = tl.where(corner % 2 == 0, 1 - size // 2, size // 2 + 1)
                 tl.store(boxes + row * (2 * AXES) + corner, box, mask=corner < 2 * AXES)
-    if PAIRS:
-        if (n > 0) & (m > 0):
-            used = slots_used(tl.minimum(n, bound), tl.minimum(m, bound), capacity)
-            _clear(slots + plane * capacity, used, EMPTY, group, groups, BLOCK)
+    if PAIRS and (n > 0) & (m > 0):
+        used = slots_used(tl.minimum(n, bound), tl.minimum(m, bound), capacity)
+        _clear(slots + plane * capacity, used, EMPTY, group, groups, BLOCK)
 
 
 @triton.jit
 def _fixed(total, scale, limit):
     """A sum in fixed point; beyond the limit (or not a number) 0, and True."""
     over = ~((total <= limit) & (total >= -limit))
-    return (tl.where(over, 0.0, total).to(tl.float64) * scale).to(tl.int64), over
+    return (tl.where(over, 0.0, total).to(tl.float64) * scale + 0.5).to(tl.int64), over
 
 
 @triton.jit(
     do_not_specialize=[
-        "scale_v", "planes", "rows", "height", "width", "row_words", "row_tiles", "pixels", "blocks", "bound", "capacity"
-    ]
+        "scale_v", "planes", "rows", "height", "width", "row_words", "row_tiles", "pixels", "blocks", "bound",
+        "capacity",
+    ],
+    do_not_specialize_on_alignment=["values"],
 )  # fmt: skip
 def accumulate(
     values, masks, heads, parents, block_starts, counts, sums, boxes, slots, flags,
@@ -203,7 +210,10 @@ def accumulate(
     LOGITS: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr, K: tl.constexpr, AXES: tl.constexpr,
     SIDES: tl.constexpr, BOXES: tl.constexpr, CENTERS: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One [ROWS, WORD] tile: a turn for every pair (t, q) of ids in it, 0 included; all updates of a row in one instruction."""
+    """One [ROWS, WORD] tile: a turn for every pair (t, q) of ids in it, 0 included.
+
+    All sums of a row are updated in one instruction, as is its box.
+    """
     program = tl.program_id(0)
     column = program % row_words
     row_tile = (program // row_words) % row_tiles
@@ -258,7 +268,7 @@ def accumulate(
                 over = over | above
             box = tl.full([8], NOWHERE, tl.int32)
             for axis in tl.static_range(AXES):
-                at = x if axis == AXES - 1 else y % height if axis == AXES - 2 else y // height
+                at = x if axis == AXES - 1 else y if AXES == 2 else y % height if axis == 1 else y // height
                 if CENTERS:
                     columns = tl.where(place == K + 1 + axis, tl.sum(tl.where(me, at, 0)).to(tl.int64), columns)
                 if BOXES:
@@ -270,9 +280,8 @@ def accumulate(
                 _add_to_row(sums, boxes, plane * bound + kt - 1, kq > 0, columns, box, K, AXES, BOXES, CENTERS)
             if (kq > 0) & (kq <= bound):
                 _add_to_row(sums, boxes, other * bound + kq - 1, kt > 0, columns, box, K, AXES, BOXES, CENTERS)
-                if PAIRS:
-                    if (kt > 0) & (kt <= bound):
-                        _insert_pair(slots + plane * capacity, kt, kq, n, m, bound, capacity)
+                if PAIRS and (kt > 0) & (kt <= bound):
+                    _insert_pair(slots + plane * capacity, kt, kq, n, m, bound, capacity)
             key = tl.where(me, 0, key)
             here = tl.max(key)
 
@@ -302,7 +311,20 @@ def _insert_pair(slots, kt, kq, n, m, bound, capacity):
         insert(slots, key, capacity)
 
 
-@triton.jit(do_not_specialize=["planes", "depth", "height", "width", "bound", "capacity", "size_z", "size_y", "size_x", "groups"])
+@triton.jit(
+    do_not_specialize=[
+        "planes",
+        "depth",
+        "height",
+        "width",
+        "bound",
+        "capacity",
+        "size_z",
+        "size_y",
+        "size_x",
+        "groups",
+    ]
+)
 def link(
     counts, sums, linked, slots, owners,
     planes, depth, height, width, bound, capacity, size_z, size_y, size_x, groups,

@@ -7,13 +7,14 @@ Sums come as integers, are worked on in float64, and are added up in a fixed ord
     nearest int32 or int64 [sides, planes, bound]  least Distance-IoU loss to the other side, as the bits of a float
     owners  int32 [sides, planes, pixels]      smallest row whose centre box covers the pixel; written only under boxes
     owned   int32 [planes, bound, 2]           pixels of predicted centre boxes outside and inside the true ones
-    back    int64 [planes, bound, BACK]        of predicted rows: sums over the partners, for the gradient (`_add_exact`)
+    back    int64 [planes, bound, BACK]        of predicted rows: sums over the partners, for the gradient
     parts   float64 [planes, groups, PARTS]    this group's share of the sums over the instances of a plane
     planar  float64 [planes, PARTS]            the sums, for the gradient
 """
 
 # Compile-time parameters are annotated tl.constexpr and take Python values; launch options are no parameters.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
@@ -254,22 +255,25 @@ def _column(columns, which, values):
 @triton.jit
 def _pixels_owned(
     owners, target_owners, valid, row_sums, local, real, depth, height, width, size_z, size_y, size_x,
-    K: tl.constexpr, AXES: tl.constexpr, VALID: tl.constexpr,
+    K: tl.constexpr, AXES: tl.constexpr, VALID: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """Pixels of their centre boxes that some rows own: all, and those on the true map."""
     cz, cy, cx = center_of(row_sums, real, K, AXES)
-    owned = cx * 0
-    hit = cx * 0
-    cell = 0
-    while cell < size_z * size_y * size_x:
+    cz, cy, cx = tl.expand_dims(cz, 1), tl.expand_dims(cy, 1), tl.expand_dims(cx, 1)
+    owned = local * 0
+    hit = local * 0
+    first = 0
+    while first < size_z * size_y * size_x:
+        cell = first + tl.arange(0, CELLS)[None, :]
         at, covered = box_pixel(cz, cy, cx, cell, depth, height, width, size_z, size_y, size_x)
-        counted = real & covered
-        counted = counted & (tl.load(owners + at, mask=counted, other=UNDRAWN) == local)
+        covered = covered & tl.expand_dims(real, 1) & (cell < size_z * size_y * size_x)
+        on = tl.load(target_owners + at, mask=covered, other=UNDRAWN) != UNDRAWN
+        counted = tl.load(owners + at, mask=covered, other=UNDRAWN) == tl.expand_dims(local, 1)
         if VALID:
-            counted = counted & (tl.load(valid + at, mask=counted, other=0) != 0)
-        owned += counted.to(tl.int32)
-        hit += (tl.load(target_owners + at, mask=counted, other=UNDRAWN) != UNDRAWN).to(tl.int32)
-        cell += 1
+            counted = counted & (tl.load(valid + at, mask=covered, other=0) != 0)
+        owned += tl.sum(counted.to(tl.int32), axis=1)
+        hit += tl.sum((counted & on).to(tl.int32), axis=1)
+        first += CELLS
     return owned, hit
 
 
@@ -334,7 +338,7 @@ def gather(
             if CENTERS:
                 drawn, hit = _pixels_owned(
                     owners + side_plane * pixels, owners + plane * pixels, valid, sums + row * W, local, real,
-                    depth, height, width, size_z, size_y, size_x, K, AXES, VALID,
+                    depth, height, width, size_z, size_y, size_x, K, AXES, VALID, 16,
                 )  # fmt: skip
                 if side == 0:
                     columns = _column(columns, DRAWN, drawn)
@@ -365,7 +369,7 @@ def gather(
                     _add_exact(to + 7, distance, there)
             first_slot += groups * BLOCK
 
-    tl.debug_barrier()  # all threads' stores come before the ticket
+    tl.debug_barrier()  # the stores of all threads come before the ticket
     if tl.atomic_add(ticket, 1, sem="acq_rel") == planes * groups - 1:
         tl.debug_barrier()
         _finish(
@@ -515,7 +519,7 @@ def _finish(
     else:
         if REDUCTION == "mean":
             result = result / planes
-            if AVERAGE == "instance" and SIDES == 2:
+            if AVERAGE == "instance" and SIDES == 2 and OWN:
                 result = tl.where(term == 1, sum_gt / entries_gt, tl.where(term == 2, sum_pred / entries_pred, result))
             if SIDES == 1:
                 result = tl.where(term == 1, result * planes / tl.maximum(images_with, 1.0), result)

@@ -1,7 +1,7 @@
 """Tests of the Triton kernels in Triton's interpreter, on CPU tensors.
 
 The interpreter must be chosen before Triton is imported, so an ordinary run does not collect this folder:
-`tests/test_label_kernels.py` runs it in a process of its own. By hand:
+`tests/test_interpreted.py` runs each file in a process of its own. By hand:
 
     TRITON_INTERPRET=1 pytest tests/interpreted
 """

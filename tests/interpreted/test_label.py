@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fastinstance_kernels import label_planes
+from fastinstance_kernels.label import label_forest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -97,6 +98,29 @@ def test_snake(connectivity: int) -> None:
     path = torch.stack([snake(5, 5, 33), snake(5, 5, 33).flip((0, 1, 2))])
     check(path, path, connectivity)
     assert label_planes(path[:1], connectivity=6)[1].tolist() == [1]
+
+
+def test_given_planes_are_only_numbered() -> None:
+    """Their forest, not their mask, says what belongs together."""
+    found = random_mask(2, 9, 40, density=0.5)
+    bits = torch.nn.functional.pad(found, (0, 24)).view(2, 18, 32)
+    starts = bits.clone()
+    starts[..., 1:] &= ~bits[..., :-1]
+    starts[0] = bits[0]  # every pixel of the given plane has an id of its own, but for the last, which has the first's
+
+    def packed(words: Tensor) -> Tensor:
+        return (words.long() << torch.arange(32)).sum(-1).int()
+
+    parents = torch.full((2, 18 * 32), 7, dtype=torch.int32)
+    indices = bits[0].flatten().nonzero()[:, 0].int()
+    parents[0, indices] = indices
+    parents[0, indices[-1]] = indices[0]
+    _, block_counts, blocks = label_forest(packed(bits), packed(starts), 2, (9, 40), 8, parents=parents, first_given=1)
+    assert block_counts.shape == (2, blocks)
+    assert block_counts.sum(1).tolist() == [len(indices) - 1, int(expected(found[1:], 8)[1])]
+    assert parents[0, indices].tolist() == [*range(-2, -len(indices) - 1, -1), int(indices[0])]
+    outside = ~starts.flatten(1)
+    assert (parents[outside] == 7).all()
 
 
 def test_default_connectivity_is_the_full_one() -> None:

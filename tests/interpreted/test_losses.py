@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from fastinstance_kernels.losses import pack_form
 from torch import Tensor
 
 from fastinstance import pixel
@@ -145,7 +144,7 @@ def test_planes_on_their_own(name: str) -> None:
     sums, omega = drawn_sums(20)
     columns = pixel.Sums(*(column.clone().requires_grad_() for column in sums.unbind(1)))
     out = torch.zeros(20, 4, dtype=torch.float64)
-    of_planes[(3,)](sums, omega, out, 20, FORM=pack_form(loss.form), BLOCK=8)
+    of_planes[(3,)](sums, omega, out, 20, FORM=loss.form.numbers, BLOCK=8)
     value = loss.reduce(columns, omega)
     assert_close(out, expected(value, columns, torch.ones_like(omega)), rtol=1e-11, atol=1e-14)
 
@@ -161,7 +160,7 @@ def test_channels_of_an_image(name: str) -> None:
         out = torch.zeros(12, 4, dtype=torch.float64)
         of_channels[(5,)](
             sums, omega, upstream, out, images, channels,
-            FORM=pack_form(loss.form), CATEGORICAL=categorical, BLOCK=4,
+            FORM=loss.form.numbers, CATEGORICAL=categorical, BLOCK=4,
         )  # fmt: skip
         value = loss.reduce_channels(columns, omega.view(shape), categorical=categorical)
         assert_close(out, expected(value, columns, upstream), rtol=1e-11, atol=1e-14)
@@ -173,6 +172,6 @@ def test_all_channels_empty() -> None:
     out = torch.ones(2, 4, dtype=torch.float64)
     of_channels[(1,)](
         sums, torch.full((2,), 9.0), torch.ones(2), out, 1, 2,
-        FORM=pack_form(pixel.GeneralizedDice().form), CATEGORICAL=False, BLOCK=2,
+        FORM=pixel.GeneralizedDice().form.numbers, CATEGORICAL=False, BLOCK=2,
     )  # fmt: skip
     assert not out.any()

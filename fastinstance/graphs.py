@@ -1,0 +1,33 @@
+"""CUDA graphs for training in eager mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["make_graphed"]
+
+
+def make_graphed(loss: nn.Module, sample_input: Tensor, sample_target: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss with its forward and its backward pass as CUDA graphs: the price of launching the kernels is gone.
+
+    Args:
+        loss: a loss of this library (no part of it may depend on values on the host, such as an `other_act` that does).
+        sample_input: input of the shape, dtype and device of all later ones; give it `requires_grad_()` if they
+            require a gradient. Its values do not matter.
+        sample_target: target likewise.
+
+    Returns:
+        `graphed(input, target)`, equal to `loss(input, target)`. Each call overwrites the result of the one before.
+
+    Raises:
+        ValueError: the samples are not on a GPU.
+    """
+    for name, sample in (("sample_input", sample_input), ("sample_target", sample_target)):
+        if not sample.is_cuda:
+            raise ValueError(f"expected {name} on a CUDA device, got {sample.device}; on the CPU call the loss itself")
+    graphed = torch.cuda.make_graphed_callables(loss, (sample_input, sample_target))
+    return cast("Callable[[Tensor, Tensor], Tensor]", graphed)

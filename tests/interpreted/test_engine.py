@@ -1,0 +1,435 @@
+"""The losses on the Triton kernels, in the interpreter, equal `fastinstance.reference` in value and gradient."""
+
+# Launch options are no parameters of the kernels.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from fastinstance_kernels.tables import insert
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+import fastinstance
+from fastinstance import functional, reference
+from fastinstance.testing import assert_close, pattern
+from tests.test_terms import LOSSES, Case, cases
+
+EXAMPLES = settings().max_examples
+SHARES = {"proximity": 0.01}
+"""What a term counts in the gradient, where that is not 1: a squared sum would drown the others."""
+
+
+def evaluate(function: Callable[..., Any], input: Tensor, target: Tensor, **options: Any) -> dict[str, Tensor]:
+    """Every term, and the gradient of an uneven sum of them."""
+    leaf = input.detach().requires_grad_()
+    terms = function(leaf, target, **options)._asdict()
+    shares = [SHARES.get(name, 1.0) * (1 + 0.1 * place) for place, name in enumerate(terms)]
+    upstream = [
+        torch.linspace(share, 2 * share, v.numel()).to(v).view_as(v) for share, v in zip(shares, terms.values())
+    ]
+    (gradient,) = torch.autograd.grad(list(terms.values()), leaf, upstream)
+    return {**{name: value.detach() for name, value in terms.items()}, "gradient": gradient}
+
+
+def on_kernels(input: Tensor, target: Tensor, *, blob: bool = False, **options: Any) -> dict[str, Tensor]:
+    with fastinstance.use_backend("triton"):
+        return evaluate(functional.blob_terms if blob else functional.instance_terms, input, target, **options)
+
+
+def check(input: Tensor, target: Tensor, *, blob: bool = False, **options: Any) -> None:
+    found = on_kernels(input, target, blob=blob, **options)
+    oracle = reference.blob_terms if blob else reference.instance_terms
+    expected = evaluate(oracle, input.double(), target, **options)
+    wide = input.dtype == torch.float64
+    largest = max((v[v.isfinite()].abs().amax().item() for v in expected.values() if v.isfinite().any()), default=0.0)
+    for name, want in expected.items():
+        assert found[name].dtype == (input.dtype if wide or name == "gradient" else torch.float32), name
+        # Sums over instances are rounded to multiples of 2^-32; float32 keeps few digits of a saturated pixel's slope.
+        tolerances = {"rtol": 1e-6, "atol": 1e-8} if wide else {"atol": 1e-5 * (1 + largest)}
+        assert_close(found[name], want, name=name, relative_to="largest", **tolerances)
+
+
+def images(
+    *shape: int, density: float = 0.3, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Logits and a target that have much in common."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.rand(shape, generator=generator) < density
+    logits = 1.5 * torch.randn(shape, generator=generator, dtype=torch.float64) + 2.0 * target - 1.5
+    return logits.to(dtype), target
+
+
+def of_masks(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [B, 1, *S] of predicted masks [B, *S], none of them sure, and the targets."""
+    size = torch.rand(predicted.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 0.1
+    return torch.where(predicted, size, -size)[:, None], target[:, None]
+
+
+@settings(max_examples=EXAMPLES // 3, suppress_health_check=list(HealthCheck))
+@given(cases())
+def test_drawn_scenes(case: Case) -> None:
+    check(case.scene.input, case.scene.target, **case.arguments())
+
+
+@settings(max_examples=EXAMPLES // 4, suppress_health_check=list(HealthCheck))
+@given(cases(blob=True))
+def test_drawn_scenes_of_blob_loss(case: Case) -> None:
+    check(case.scene.input, case.scene.target, blob=True, **case.arguments())
+
+
+@settings(max_examples=EXAMPLES // 6, suppress_health_check=list(HealthCheck))
+@given(cases(dtypes=(torch.float32, torch.float16, torch.bfloat16)))
+def test_drawn_scenes_in_low_precision(case: Case) -> None:
+    # Both get the same probabilities: what the activation rounds off 1 - p, no loss can know.
+    if act := case.options.pop("other_act", None):
+        case = case._replace(
+            scene=dataclasses.replace(case.scene, input=act(case.scene.input.float()).to(case.scene.input.dtype))
+        )
+    check(case.scene.input, case.scene.target, **case.arguments())
+
+
+@pytest.mark.parametrize("blob", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_empty_and_full_planes(reduction: str, blob: bool) -> None:
+    """Nothing, noise or everything on either side, each with each."""
+    _, noise = images(1, 5, 34)
+    kinds = [torch.zeros_like(noise[0]), noise[0], torch.ones_like(noise[0])]
+    predicted, target = (torch.stack(side) for side in zip(*itertools.product(kinds, kinds), strict=True))
+    check(*of_masks(predicted, target), blob=blob, sigmoid=True, instance_loss="gdf", reduction=reduction)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (3, 31), (2, 32), (9, 33), (17, 70), (1, 1, 1), (2, 3, 33)])
+def test_sizes(shape: tuple[int, ...]) -> None:
+    check(*images(2, 1, *shape), sigmoid=True, instance_loss="dicece", average="image")
+
+
+@pytest.mark.parametrize(
+    ("connectivity", "center_size", "spacing"),
+    [(6, 2, None), (18, (9, 1, 4), (1.0, 3.0, 0.5)), (26, 3, (2.0, 1.0, 1.0))],
+)
+def test_volumes(connectivity: int, center_size: Any, spacing: Any) -> None:
+    case = images(1, 1, 3, 4, 34, density=0.2)
+    check(*case, sigmoid=True, connectivity=connectivity, center_size=center_size, spacing=spacing)
+
+
+@pytest.mark.parametrize("center_size", [1, 2, 5, (4, 3), 50])
+def test_center_sizes(center_size: Any) -> None:
+    check(*images(1, 1, 6, 20, density=0.15), sigmoid=True, center_size=center_size, spacing=(1.0, 2.5))
+
+
+@pytest.mark.parametrize("blob", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_pixel_losses(loss: str, blob: bool) -> None:
+    centers = {} if blob else {"center_loss": loss}
+    check(*images(2, 1, 4, 20), blob=blob, sigmoid=True, pixel_loss=loss, instance_loss=loss, **centers)
+
+
+@pytest.mark.parametrize(
+    ("pixel", "instance"),
+    [
+        (("dice", {"squared_pred": True}), ("dice", {"squared_pred": True})),
+        ("dice", ("dicece", {"squared_pred": True, "lambda_ce": 0.3})),
+        (("gdf", {"gamma": 2.5}), ("focal", {"gamma": 1.0})),
+        (("dice", {"jaccard": True}), ("tversky", {"alpha": 0.3, "beta": 0.7})),
+    ],
+)
+@pytest.mark.parametrize("blob", [False, True])
+def test_options_of_pixel_losses(pixel: Any, instance: Any, blob: bool) -> None:
+    """Squares next to plain sums, with and without a part per pixel."""
+    from fastinstance import pixel as pixels
+
+    classes = {
+        "dice": pixels.Dice,
+        "dicece": fastinstance.DiceCELoss,
+        "gdf": fastinstance.GeneralizedDiceFocalLoss,
+        "focal": fastinstance.FocalLoss,
+        "tversky": fastinstance.TverskyLoss,
+    }
+
+    def module(name: str | tuple[str, dict[str, Any]]) -> Any:
+        return name if isinstance(name, str) else classes[name[0]](**name[1])
+
+    input, target = images(2, 1, 4, 20)
+    found = on_kernels(input, target, blob=blob, sigmoid=True, pixel_loss=module(pixel), instance_loss=module(instance))
+    oracle = reference.blob_terms if blob else reference.instance_terms
+    expected = evaluate(oracle, input, target, sigmoid=True, pixel_loss=pixel, instance_loss=instance)
+    assert_close(found, expected, rtol=1e-6, atol=1e-8, relative_to="largest")
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_channels(softmax: bool) -> None:
+    input, _ = images(2, 3, 4, 20)
+    target = torch.randint(3, (2, 1, 4, 20), generator=torch.Generator().manual_seed(0))
+    options = {"to_onehot_y": True, "include_background": False, "softmax": softmax, "sigmoid": not softmax}
+    for reduction in ("mean", "none"):
+        check(input, target, pixel_loss="gdf" if softmax else "dicece", reduction=reduction, **options)
+    check(input, target, pixel_loss="dicece", instance_loss="focal", blob=True, softmax=True, to_onehot_y=True)
+
+
+@pytest.mark.parametrize(
+    ("average", "pred_normalizer", "reduction"),
+    [("instance", "gt", "mean"), ("image", "gt", "mean"), ("image", "pred", "sum"), ("instance", "gt", "none")],
+)
+def test_averages(average: str, pred_normalizer: str, reduction: str) -> None:
+    input, target = images(3, 1, 4, 20)
+    target[0] = 0  # so that the planes differ in their numbers
+    target[2, ..., 5:] = 0
+    check(input, target, sigmoid=True, average=average, pred_normalizer=pred_normalizer, reduction=reduction)
+
+
+@pytest.mark.parametrize("blob", [False, True])
+@pytest.mark.parametrize("pixel_loss", ["gdf", "inverse_weighted_dice"])
+def test_valid_mask(pixel_loss: str, blob: bool) -> None:
+    input, target = images(2, 2, 4, 20)
+    valid = images(2, 1, 4, 20, density=0.7, seed=1)[1]
+    spoilt = torch.where(valid, input, float("nan"))
+    check(spoilt, target, blob=blob, sigmoid=True, valid_mask=valid, pixel_loss=pixel_loss, instance_loss="ce")
+
+
+@pytest.mark.parametrize("blob", [False, True])
+@pytest.mark.parametrize("valid", [False, True])
+def test_min_size(valid: bool, blob: bool) -> None:
+    masks = {"valid_mask": images(2, 1, 5, 20, density=0.8, seed=1)[1]} if valid else {}
+    thresholds = {} if blob else {"threshold": 0.4}
+    check(*images(2, 1, 5, 20), blob=blob, sigmoid=True, min_size=3, **thresholds, **masks)
+
+
+@pytest.mark.parametrize("connectivity", [4, 8])
+def test_probabilities(connectivity: int) -> None:
+    input, target = images(2, 1, 4, 20)
+    p = input.sigmoid()
+    p[0, 0, 0, :4] = torch.tensor([0.0, 1.0, 1e-9, 1 - 1e-9])
+    p[1, 0, 1, 3] = 0.5
+    check(p, target, pixel_loss="dicece", instance_loss="gdf", connectivity=connectivity)
+    check(p, target, pixel_loss="dicece", instance_loss="gdf", blob=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes(dtype: torch.dtype) -> None:
+    input, target = images(2, 1, 5, 20, dtype=dtype)
+    check(input, target.to(dtype), sigmoid=True, instance_loss="gdf")
+    check(input, target.to(torch.int16), sigmoid=True, blob=True)
+    check(input.float().sigmoid().to(dtype), target, threshold=0.25)
+
+
+def test_a_threshold_between_float32_numbers() -> None:
+    """float64 values are compared with a float64 threshold."""
+    input, target = images(1, 1, 3, 20)
+    p = input.sigmoid()
+    p[..., ::2], p[..., 1::2] = 0.7, 0.7 - 1e-12
+    check(p, target, threshold=0.7)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("blob", [False, True])
+def test_not_finite(value: float, blob: bool) -> None:
+    """One plane of an image is NaN, those of other images are as they were."""
+    input, target = images(2, 1, 4, 20)
+    before = on_kernels(input, target, blob=blob, sigmoid=True, reduction="none")
+    input[1, 0, 2, 3] = value
+    found = on_kernels(input, target, blob=blob, sigmoid=True, reduction="none")
+    for name, values in found.items():
+        assert values[1].isnan().all(), name
+        assert torch.equal(values[0], before[name][0]), name
+    joined = on_kernels(input, target, blob=blob, sigmoid=True)
+    assert all(values.isnan().all() for name, values in joined.items() if name != "gradient")
+
+
+def test_not_finite_in_one_channel() -> None:
+    """The pixel term of GDF joins the channels of an image; all else is by plane."""
+    input, target = images(2, 2, 4, 20)
+    input[1, 0, 2, 3] = float("nan")
+    found = on_kernels(input, target, sigmoid=True, reduction="none")
+    spoilt = {"seg": [[False, False], [True, True]]}
+    for name in functional.InstanceTerms._fields:
+        assert found[name].isnan().tolist() == spoilt.get(name, [[False, False], [True, False]]), name
+    assert found["gradient"][1].isnan().all()
+    assert found["gradient"][0].isfinite().all()
+
+
+@pytest.mark.parametrize("relation", ["equal", "shifted", "crossing"])
+def test_more_pairs_than_places(relation: str) -> None:
+    """More possible pairs than slots, so that they are hashed: specks on specks, on none, and next to crossing lines."""
+    target = pattern("checkerboard", (6, 20))
+    predicted = ~target if relation == "shifted" else target.clone()
+    if relation == "crossing":
+        predicted[:, :12] = pattern("stripes", (6, 12))
+        target[:, :12] = pattern("stripes", (12, 6)).mT
+    check(*of_masks(predicted[None], target[None]), sigmoid=True, connectivity=4, instance_loss="gdf")
+
+
+@triton.jit
+def insert_all(slots, keys, n, capacity):
+    """Every key in turn, as one program."""
+    i = 0
+    while i < n:
+        insert(slots, tl.load(keys + i), capacity)
+        i += 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_hash(seed: int) -> None:
+    """Two thirds full, keys of more than 32 bits, each inserted twice: each is there once, past the end included."""
+    capacity = 64
+    keys = torch.randint(2**40, (2 * capacity // 3,), generator=torch.Generator().manual_seed(seed))
+    slots = torch.full((capacity,), -1)
+    insert_all[(1,)](slots, keys.repeat(2), 2 * len(keys), capacity)
+    assert slots[slots >= 0].sort().values.tolist() == keys.sort().values.tolist()
+
+
+def test_too_many_instances() -> None:
+    """Planes with more instances than `max_instances` are NaN, the others are not."""
+    input, target = of_masks(torch.zeros(3, 4, 20, dtype=torch.bool), torch.zeros(3, 4, 20, dtype=torch.bool))
+    target[1, 0, ::2, ::4] = True  # 10 instances
+    input[2, 0, ::2, ::4] = 1.0
+    results = []
+    for backend, bound in (("torch", None), ("triton", 9), ("triton", 10)):
+        loss = fastinstance.InstanceLoss(
+            seg=1.0, instance_gt=1.0, proximity=0.1, sigmoid=True, reduction="none", max_instances=bound
+        )
+        with fastinstance.use_backend(backend):
+            leaf = input.clone().requires_grad_()
+            value = loss(leaf, target)
+        results.append((value.detach(), *torch.autograd.grad(value.sum(), leaf)))
+    expected, few, enough = results
+    for one, other, nan in zip(enough, expected, few, strict=True):
+        assert_close(one, other, rtol=1e-6, atol=1e-8)
+        assert_close(nan[0], other[0], rtol=1e-6, atol=1e-8)
+        assert nan[1:].isnan().all()
+
+
+MODULES = {
+    "instance": (fastinstance.InstanceLoss, {"seg": 1.0, "instance_gt": 0.5, "center": 2.0, "false_pred": 1.0}),
+    "all terms": (fastinstance.InstanceLoss, {name: 0.5 for name in functional.InstanceTerms._fields}),
+    "ici": (fastinstance.ICILoss, {}),
+    "false": (fastinstance.FalseLoss, {}),
+    "proximity": (fastinstance.ProximityLoss, {}),
+    "blob": (fastinstance.BlobLoss, {"pixel_loss": "dicece"}),
+    "tversky": (fastinstance.TverskyLoss, {"alpha": 0.3}),
+    "inverse": (fastinstance.InverseWeightedDiceLoss, {}),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules(name: str, reduction: str) -> None:
+    module, options = MODULES[name]
+    loss = module(**options, sigmoid=True, reduction=reduction)
+    input, target = images(2, 1, 3, 20)
+    results = []
+    for backend in ("triton", "torch"):
+        leaf = input.clone().requires_grad_()
+        with fastinstance.use_backend(backend):
+            value = loss(leaf, target)
+        results.append((value.detach(), *torch.autograd.grad(value.sum(), leaf)))
+    assert_close(*results, rtol=1e-6, atol=1e-8)
+
+
+def test_layouts() -> None:
+    input, target = images(2, 2, 5, 20)
+    expected = on_kernels(input, target, sigmoid=True)
+    for name in ("channels_last", "strided", "transposed"):
+        moved = fastinstance.testing.with_layout(input, name), fastinstance.testing.with_layout(target, name)
+        for one, other in zip(on_kernels(*moved, sigmoid=True).values(), expected.values(), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("blob", [False, True])
+def test_results_are_bitwise_equal_whatever_memory_held(blob: bool) -> None:
+    input, target = images(2, 1, 9, 34)
+    options = {"sigmoid": True, "instance_loss": "gdf", "connectivity": 4, "blob": blob}
+    first = on_kernels(input, target, **options)
+    torch.empty(1)  # the next values of the fixture's sequence, for all that follows
+    for name, value in on_kernels(input, target, **options).items():
+        assert torch.equal(value, first[name]), name
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the kernels that are launched."""
+    names = []
+    take = InterpretedFunction.__getitem__
+
+    def counted(kernel: InterpretedFunction, grid: Any) -> Any:
+        names.append(kernel.__name__)
+        return take(kernel, grid)
+
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", counted)
+    return names
+
+
+def test_launches(launches: list[str]) -> None:
+    """However many planes and instances there are, it takes as many kernels."""
+    loss = fastinstance.InstanceLoss(**dict.fromkeys(functional.InstanceTerms._fields, 1.0), sigmoid=True)
+    for shape in ((1, 1, 2, 3), (2, 2, 9, 20)):
+        input, target = images(*shape)
+        leaf = input.requires_grad_()
+        launches.clear()
+        with fastinstance.use_backend("triton"):
+            value = loss(leaf, target)
+        assert len(launches) == 10, launches
+        launches.clear()
+        value.backward()
+        assert launches == ["coefficients", "gradient"]
+
+
+def test_wanted_terms_only(launches: list[str]) -> None:
+    """A pixel loss labels nothing."""
+    input, target = images(1, 1, 3, 20)
+    with fastinstance.use_backend("triton"):
+        fastinstance.DiceLoss(sigmoid=True)(input.requires_grad_(), target).backward()
+    assert launches == ["pack", "prepare", "gather", "coefficients", "gradient"]
+
+
+@pytest.fixture
+def arguments(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What `fastinstance::terms` is called with."""
+    seen = []
+    fused_terms = functional.fused_terms
+
+    def recorded(*arguments: Any) -> Any:
+        seen.append(arguments)
+        return fused_terms(*arguments)
+
+    monkeypatch.setattr(functional, "fused_terms", recorded)
+    return seen
+
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+@pytest.mark.parametrize("blob", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_operators(arguments: list[tuple[Any, ...]], reduction: str, blob: bool) -> None:
+    input, target = images(2, 1, 4, 20, dtype=torch.float32)
+    options = {"sigmoid": True, "reduction": reduction, "valid_mask": target | (input > -2)}
+    on_kernels(input, target, blob=blob, **options)
+    values, *rest = arguments[0]
+    values = values.detach().requires_grad_()
+    torch.library.opcheck(torch.ops.fastinstance.terms.default, (values, *rest), test_utils=CHECKS)
+    _, _, valid, given, request = rest
+    found, total, *saved = torch.ops.fastinstance.terms(values, *rest)
+    upstream = torch.ones_like(found), torch.ones_like(total)
+    for to_found, to_total in (upstream, (upstream[0], None), (None, upstream[1])):
+        of_gradient = (to_found, to_total, values.detach().requires_grad_(), valid, saved, given, request)
+        torch.library.opcheck(torch.ops.fastinstance.terms_gradient.default, of_gradient, test_utils=CHECKS)
+
+
+def test_no_second_derivative() -> None:
+    input, target = images(1, 1, 3, 20)
+    leaf = input.requires_grad_()
+    with fastinstance.use_backend("triton"):
+        value = fastinstance.InstanceLoss(sigmoid=True)(leaf, target)
+    (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="have no second derivative; detach the gradient"):
+        gradient.sum().backward()
