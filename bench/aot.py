@@ -6,7 +6,9 @@ are of the compiled code: instructions are counted once each, however often a lo
 
 import argparse
 import collections
+import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import subprocess
@@ -14,11 +16,16 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
-from fastinstance_kernels import label, launch
+from fastinstance_kernels import engine, label, launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from fastinstance import pixel
 
 Row = dict[str, Any]
 
@@ -41,11 +48,11 @@ class Variant:
     constants: Mapping[str, Any]
     warps: int
     pixels: int  # of one program; 0 where the work is not per pixel
-    image: str = "*fp32"
+    types: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of arguments that differ from `signature`
 
     def signature(self) -> dict[str, str]:
         """Argument -> type, for the kernel's arguments in their order."""
-        types = {**dict.fromkeys(_POINTERS, "*i32"), "image": self.image, "threshold": "fp32"}
+        types = {**dict.fromkeys(_POINTERS, "*i32"), "image": "*fp32", "threshold": "fp32", **self.types}
         types |= dict.fromkeys(self.constants, "constexpr")
         return {argument: types.get(argument, "i32") for argument in self.kernel.arg_names}
 
@@ -55,9 +62,9 @@ def label_variants() -> Iterator[Variant]:
     rows = {"ROWS": launch.TILE_ROWS}
     tile = launch.TILE_ROWS * launch.WORD
     for name, image in {"": "*fp32", " float16": "*fp16", " bfloat16": "*bf16"}.items():
-        yield Variant(f"pack{name}", label.pack_mask, {"THRESHOLD": True, **rows}, 1, tile, image)
+        yield Variant(f"pack{name}", label.pack_mask, {"THRESHOLD": True, **rows}, 1, tile, {"image": image})
     for name, image in {"mask": "*u8", "int64": "*i64", "nonzero float": "*fp32", "float64": "*fp64"}.items():
-        yield Variant(f"pack {name}", label.pack_mask, {"THRESHOLD": False, **rows}, 1, tile, image)
+        yield Variant(f"pack {name}", label.pack_mask, {"THRESHOLD": False, **rows}, 1, tile, {"image": image})
 
     words = {"WORDS": launch.BLOCK_WORDS}
     pixels = launch.BLOCK_WORDS * launch.WORD
@@ -94,6 +101,150 @@ def label_variants() -> Iterator[Variant]:
     yield Variant("measure", label.measure, words, 1, pixels)
     yield Variant("scan", label.scan, {"BLOCK": launch.SCAN_BLOCK}, launch.SCAN_WARPS, 0)
     yield Variant("write", label.write, rows, 1, tile)
+
+
+SQUARED = pixel.WeightedSum(((1.0, pixel.Dice(squared_pred=True)), (1.0, pixel.Focal())))
+"""The loss that needs the most features: p, p² and v."""
+
+_TYPES = {
+    torch.bool: "*u1",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+}
+
+
+def _variant(name: str, kernel: Any, arguments: Mapping[str, Any], warps: int) -> Variant:
+    """What Triton would compile for these arguments."""
+    constants, types = {}, {}
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            types[parameter.name] = _TYPES[value.dtype]
+        else:
+            types[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    return Variant(name, kernel, constants, warps, constants.get("ROWS", 0) * launch.WORD, types)
+
+
+@contextlib.contextmanager
+def recorded(name: str) -> Iterator[list[Variant]]:
+    """Collect the kernels that are launched inside, in their order, and run none; tensors may be on any device."""
+    variants: list[Variant] = []
+
+    def take(kernel: Any, _grid: tuple[int, ...]) -> Any:
+        def call(*arguments: Any, num_warps: int, **named: Any) -> None:
+            named |= zip(kernel.arg_names, arguments, strict=False)
+            variants.append(_variant(f"{kernel.fn.__name__}, {name}", kernel, named, num_warps))
+
+        return call
+
+    with (
+        mock.patch.object(JITFunction, "__getitem__", take),
+        mock.patch.object(launch, "check_device"),
+    ):
+        yield variants
+
+
+def _loss(loss: Any) -> engine.Loss | None:
+    """A loss by name in the words of the kernels."""
+    if loss is None:
+        return None
+    form = pixel.resolve(loss, "loss").form
+    return engine.Loss(form.numbers, form.squared, -1.0 if form.gamma is None else form.gamma)
+
+
+def step(
+    name: str,
+    size: tuple[int, ...] = (256, 256),
+    *,
+    dtype: torch.dtype = torch.float32,
+    target: torch.dtype = torch.float32,
+    seg: Any = "gdf",
+    own: Any = "dice",
+    center: Any = "dice",
+    valid: bool = False,
+    given: bool = False,
+    **changes: Any,
+) -> list[Variant]:
+    """The kernels of one loss and its gradient, of four planes: all seven terms unless some are taken away.
+
+    Args:
+        name: of the use, for the names of the variants.
+        size: of a plane.
+        dtype: of the logits.
+        target: of the target.
+        seg: the pixel loss, or None; likewise `own`, the instance loss, and `center`.
+        valid: whether there is a mask of valid pixels.
+        given: whether the target holds ids.
+        changes: fields of `engine.Request`.
+    """
+    request = engine.Request(
+        channels=2,
+        logits=True,
+        categorical=False,
+        threshold=0.0,
+        connectivity=8 if len(size) == 2 else 26,
+        seg=_loss(seg),
+        own=_loss(own),
+        center=_loss(center),
+        dice=pixel.Dice().form.numbers,
+        inverse=seg == "inverse_weighted_dice",
+        blob=False,
+        false_rates=True,
+        proximity=True,
+        average="instance",
+        reduction="mean",
+        by_pred=True,
+        center_size=(3,) * len(size),
+        spacing=(1.0,) * len(size),
+        max_instances=None,
+        differentiable=True,
+    )._replace(**changes)
+    values = torch.empty(4, *size, dtype=dtype, device="meta")
+    mask = values.to(torch.bool) if valid else None
+    weights = (1.0,) * 7
+    with recorded(name) as variants:
+        images = values, values.to(torch.int32 if given else target), mask if request.categorical else None, mask
+        found, total, saved = engine.forward(*images, weights, request, given=given)
+        # A module's loss, or the terms one by one.
+        upstream = (found, None) if request.reduction == "none" else (None, total)
+        engine.backward(*upstream, values, mask, saved, weights, request, given=given)
+    return variants
+
+
+def engine_variants() -> Iterator[Variant]:
+    """The kernels of a spread of losses, none twice; those that only label are in `label_variants`."""
+    nothing = {"own": None, "center": None, "false_rates": False, "proximity": False}
+    uses = [
+        step("GDF + Dice"),
+        step(
+            "3D bfloat16 GDF", (64, 128, 128), dtype=torch.bfloat16, target=torch.uint8, own="gdf", center="dicece",
+            valid=True, average="image", reduction="none",
+        ),
+        step(
+            "float64 softmax squared", dtype=torch.float64, target=torch.bool, seg="dicece", own=SQUARED,
+            center="focal", categorical=True, valid=True, connectivity=4, given=True, by_pred=False,
+        ),
+        step(
+            "blob", (64, 128, 128), seg="dicece", own=SQUARED, center=None, false_rates=False, proximity=False,
+            blob=True,
+        ),
+        step("Dice alone", seg="dice", dtype=torch.float16, **nothing),
+        step("inverse-weighted", seg="inverse_weighted_dice", **nothing),
+        step("false rates", own=None, center=None, proximity=False),
+    ]  # fmt: skip
+    seen = set()
+    for variant in itertools.chain.from_iterable(uses):
+        what = variant.kernel, tuple(variant.signature().items()), tuple(sorted(variant.constants.items()))
+        if variant.kernel not in vars(label).values() and what not in seen:
+            seen.add(what)
+            yield variant
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:
@@ -175,7 +326,7 @@ def rows(variants: Iterable[Variant] | None = None, targets: Iterable[str] = tup
 
     "instructions per pixel" are those of one lane divided by the pixels it handles, loops counted once.
     """
-    variants = list(label_variants() if variants is None else variants)
+    variants = list((*label_variants(), *engine_variants()) if variants is None else variants)
     return [row(variant, target) for variant in variants for target in targets]
 
 

@@ -334,7 +334,7 @@ def weighted_sum(
     valid_mask: Tensor | None = None,
 ) -> Tensor:
     """Sum of weight · term over the named terms, of `InstanceTerms` or ("seg", "blob") of `BlobTerms`."""
-    if backend_for(input) == "triton":
+    if isinstance(input, Tensor) and backend_for(input) == "triton":
         call = _Call(settings, input, target, target_labels, valid_mask)
         return _fused(call, weights)[1]
     images = input, target, target_labels, valid_mask
@@ -353,7 +353,7 @@ def evaluate(
     valid_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The wanted terms of `InstanceTerms` by name; what nobody wants is not computed."""
-    if backend_for(input) == "triton":
+    if isinstance(input, Tensor) and backend_for(input) == "triton":
         return _fused(_Call(settings, input, target, target_labels, valid_mask), dict.fromkeys(wanted, 0.0))[0]
     scene = _Scene(settings, input, target, target_labels, valid_mask)
     planes, loss = scene.planes, settings.instance
@@ -533,7 +533,7 @@ def evaluate_blob(
     target_labels: Tensor | None = None,
     valid_mask: Tensor | None = None,
 ) -> BlobTerms:
-    if backend_for(input) == "triton":
+    if isinstance(input, Tensor) and backend_for(input) == "triton":
         call = _Call(settings, input, target, target_labels, valid_mask)
         return BlobTerms(**_fused(call, {"seg": 0.0, "blob": 0.0})[0])
     scene = _Scene(settings, input, target, target_labels, valid_mask)

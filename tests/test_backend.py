@@ -1,5 +1,8 @@
 """The label operator: registered, compilable, and on the backend that was asked for."""
 
+import builtins
+from typing import Any
+
 import pytest
 import torch
 
@@ -54,17 +57,37 @@ def test_triton_needs_a_device_it_can_work_on(monkeypatch: pytest.MonkeyPatch) -
     assert fastinstance.label(mask(1, 1, 4, 4))[1] > 0  # the choice ends with the block
 
 
-def test_a_missing_triton_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ImportError("no module named triton"), RuntimeError("0 active drivers")])
+def test_a_missing_or_broken_triton_is_said_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     from fastinstance import backend
 
     class OnGPU:
-        is_cuda = True
+        device = torch.device("cuda")
 
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
-    backend._triton_is_missing.cache_clear()
+    original = builtins.__import__
+
+    def broken(name: str, *rest: Any) -> Any:
+        if name == "fastinstance_kernels":
+            raise error
+        return original(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    backend._triton_works.cache_clear()
     try:
-        with pytest.warns(RuntimeWarning, match="pip install triton"):
+        with pytest.warns(RuntimeWarning, match=rf"{error}.*use_backend"):
             assert backend.backend_for(OnGPU()) == "torch"  # pyright: ignore[reportArgumentType]
         assert backend.backend_for(OnGPU()) == "torch"  # pyright: ignore[reportArgumentType]
     finally:
-        backend._triton_is_missing.cache_clear()
+        backend._triton_works.cache_clear()
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, 2.5])
+def test_max_instances_is_checked(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="expected max_instances to be an integer >= 1 or None"):
+        fastinstance.FalseLoss(max_instances=wrong)
+
+
+def test_graphs_need_a_gpu() -> None:
+    image = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"expected sample_input on a CUDA device, got cpu"):
+        fastinstance.make_graphed(fastinstance.FalseLoss(sigmoid=True), image, image)

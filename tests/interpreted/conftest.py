@@ -22,7 +22,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        return empty(*args, **kwargs).random_(-64, 64, generator=generator)
+        memory = empty(*args, **kwargs)
+        low, high = (0, 2) if memory.dtype == torch.bool else (-64, 64)
+        return memory.random_(low, high, generator=generator)
 
     monkeypatch.setattr(torch, "empty", poisoned)
 

@@ -1,28 +1,27 @@
 """The losses on the Triton kernels, in the interpreter, equal `fastinstance.reference` in value and gradient."""
 
-# Launch options are no parameters of the kernels.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
-from fastinstance_kernels.tables import insert
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 import fastinstance
-from fastinstance import functional, reference
+from fastinstance import functional, fused, reference
 from fastinstance.testing import assert_close, pattern
+from tests.table_kernels import insert_all
 from tests.test_terms import LOSSES, Case, cases
+
+# numpy warns of what a GPU computes in silence.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
 
 EXAMPLES = settings().max_examples
 SHARES = {"proximity": 0.01}
@@ -33,10 +32,10 @@ def evaluate(function: Callable[..., Any], input: Tensor, target: Tensor, **opti
     """Every term, and the gradient of an uneven sum of them."""
     leaf = input.detach().requires_grad_()
     terms = function(leaf, target, **options)._asdict()
-    shares = [SHARES.get(name, 1.0) * (1 + 0.1 * place) for place, name in enumerate(terms)]
-    upstream = [
-        torch.linspace(share, 2 * share, v.numel()).to(v).view_as(v) for share, v in zip(shares, terms.values())
-    ]
+    upstream = []
+    for place, (name, value) in enumerate(terms.items()):
+        share = SHARES.get(name, 1.0) * (1 + 0.1 * place)
+        upstream.append(torch.linspace(share, 2 * share, value.numel()).to(value).view_as(value))
     (gradient,) = torch.autograd.grad(list(terms.values()), leaf, upstream)
     return {**{name: value.detach() for name, value in terms.items()}, "gradient": gradient}
 
@@ -75,7 +74,7 @@ def of_masks(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(predicted, size, -size)[:, None], target[:, None]
 
 
-@settings(max_examples=EXAMPLES // 3, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES // 6, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_drawn_scenes(case: Case) -> None:
     check(case.scene.input, case.scene.target, **case.arguments())
@@ -87,7 +86,7 @@ def test_drawn_scenes_of_blob_loss(case: Case) -> None:
     check(case.scene.input, case.scene.target, blob=True, **case.arguments())
 
 
-@settings(max_examples=EXAMPLES // 6, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES // 10, suppress_health_check=list(HealthCheck))
 @given(cases(dtypes=(torch.float32, torch.float16, torch.bfloat16)))
 def test_drawn_scenes_in_low_precision(case: Case) -> None:
     # Both get the same probabilities: what the activation rounds off 1 - p, no loss can know.
@@ -108,7 +107,7 @@ def test_empty_and_full_planes(reduction: str, blob: bool) -> None:
     check(*of_masks(predicted, target), blob=blob, sigmoid=True, instance_loss="gdf", reduction=reduction)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (3, 31), (2, 32), (9, 33), (17, 70), (1, 1, 1), (2, 3, 33)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (3, 31), (2, 32), (9, 33), (3, 70), (1, 1, 1), (2, 3, 33)])
 def test_sizes(shape: tuple[int, ...]) -> None:
     check(*images(2, 1, *shape), sigmoid=True, instance_loss="dicece", average="image")
 
@@ -122,9 +121,9 @@ def test_volumes(connectivity: int, center_size: Any, spacing: Any) -> None:
     check(*case, sigmoid=True, connectivity=connectivity, center_size=center_size, spacing=spacing)
 
 
-@pytest.mark.parametrize("center_size", [1, 2, 5, (4, 3), 50])
+@pytest.mark.parametrize("center_size", [1, 2, (5, 4), (9, 15)])
 def test_center_sizes(center_size: Any) -> None:
-    check(*images(1, 1, 6, 20, density=0.15), sigmoid=True, center_size=center_size, spacing=(1.0, 2.5))
+    check(*images(1, 1, 4, 13, density=0.15), sigmoid=True, center_size=center_size, spacing=(1.0, 2.5))
 
 
 @pytest.mark.parametrize("blob", [False, True])
@@ -146,10 +145,8 @@ def test_pixel_losses(loss: str, blob: bool) -> None:
 @pytest.mark.parametrize("blob", [False, True])
 def test_options_of_pixel_losses(pixel: Any, instance: Any, blob: bool) -> None:
     """Squares next to plain sums, with and without a part per pixel."""
-    from fastinstance import pixel as pixels
-
     classes = {
-        "dice": pixels.Dice,
+        "dice": fastinstance.pixel.Dice,
         "dicece": fastinstance.DiceCELoss,
         "gdf": fastinstance.GeneralizedDiceFocalLoss,
         "focal": fastinstance.FocalLoss,
@@ -230,7 +227,7 @@ def test_a_threshold_between_float32_numbers() -> None:
     check(p, target, threshold=0.7)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 @pytest.mark.parametrize("blob", [False, True])
 def test_not_finite(value: float, blob: bool) -> None:
     """One plane of an image is NaN, those of other images are as they were."""
@@ -259,22 +256,13 @@ def test_not_finite_in_one_channel() -> None:
 
 @pytest.mark.parametrize("relation", ["equal", "shifted", "crossing"])
 def test_more_pairs_than_places(relation: str) -> None:
-    """More possible pairs than slots, so that they are hashed: specks on specks, on none, and next to crossing lines."""
+    """More possible pairs than slots, so that they are hashed: specks on specks, on none, next to crossing lines."""
     target = pattern("checkerboard", (6, 20))
     predicted = ~target if relation == "shifted" else target.clone()
     if relation == "crossing":
         predicted[:, :12] = pattern("stripes", (6, 12))
         target[:, :12] = pattern("stripes", (12, 6)).mT
     check(*of_masks(predicted[None], target[None]), sigmoid=True, connectivity=4, instance_loss="gdf")
-
-
-@triton.jit
-def insert_all(slots, keys, n, capacity):
-    """Every key in turn, as one program."""
-    i = 0
-    while i < n:
-        insert(slots, tl.load(keys + i), capacity)
-        i += 1
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -299,7 +287,8 @@ def test_too_many_instances() -> None:
         )
         with fastinstance.use_backend(backend):
             leaf = input.clone().requires_grad_()
-            value = loss(leaf, target)
+            with pytest.warns(RuntimeWarning, match="had 10 instances") if bound == 9 else nullcontext():
+                value = loss(leaf, target)
         results.append((value.detach(), *torch.autograd.grad(value.sum(), leaf)))
     expected, few, enough = results
     for one, other, nan in zip(enough, expected, few, strict=True):
@@ -310,7 +299,7 @@ def test_too_many_instances() -> None:
 
 MODULES = {
     "instance": (fastinstance.InstanceLoss, {"seg": 1.0, "instance_gt": 0.5, "center": 2.0, "false_pred": 1.0}),
-    "all terms": (fastinstance.InstanceLoss, {name: 0.5 for name in functional.InstanceTerms._fields}),
+    "all terms": (fastinstance.InstanceLoss, dict.fromkeys(functional.InstanceTerms._fields, 0.5)),
     "ici": (fastinstance.ICILoss, {}),
     "false": (fastinstance.FalseLoss, {}),
     "proximity": (fastinstance.ProximityLoss, {}),
@@ -320,11 +309,10 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", MODULES)
-def test_modules(name: str, reduction: str) -> None:
+def test_modules(name: str) -> None:
     module, options = MODULES[name]
-    loss = module(**options, sigmoid=True, reduction=reduction)
+    loss = module(**options, sigmoid=True, reduction="none" if name == "all terms" else "mean")
     input, target = images(2, 1, 3, 20)
     results = []
     for backend in ("triton", "torch"):
@@ -335,21 +323,11 @@ def test_modules(name: str, reduction: str) -> None:
     assert_close(*results, rtol=1e-6, atol=1e-8)
 
 
-def test_layouts() -> None:
-    input, target = images(2, 2, 5, 20)
-    expected = on_kernels(input, target, sigmoid=True)
-    for name in ("channels_last", "strided", "transposed"):
-        moved = fastinstance.testing.with_layout(input, name), fastinstance.testing.with_layout(target, name)
-        for one, other in zip(on_kernels(*moved, sigmoid=True).values(), expected.values(), strict=True):
-            assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize("blob", [False, True])
 def test_results_are_bitwise_equal_whatever_memory_held(blob: bool) -> None:
-    input, target = images(2, 1, 9, 34)
+    input, target = images(1, 1, 9, 34)
     options = {"sigmoid": True, "instance_loss": "gdf", "connectivity": 4, "blob": blob}
     first = on_kernels(input, target, **options)
-    torch.empty(1)  # the next values of the fixture's sequence, for all that follows
     for name, value in on_kernels(input, target, **options).items():
         assert torch.equal(value, first[name]), name
 
@@ -395,33 +373,33 @@ def test_wanted_terms_only(launches: list[str]) -> None:
 def arguments(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What `fastinstance::terms` is called with."""
     seen = []
-    fused_terms = functional.fused_terms
+    terms = fused.terms_op
 
     def recorded(*arguments: Any) -> Any:
         seen.append(arguments)
-        return fused_terms(*arguments)
+        return terms(*arguments)
 
-    monkeypatch.setattr(functional, "fused_terms", recorded)
+    monkeypatch.setattr(fused, "terms_op", recorded)
     return seen
 
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
-@pytest.mark.parametrize("blob", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("reduction", "blob"), [("mean", False), ("none", False), ("mean", True)])
 def test_operators(arguments: list[tuple[Any, ...]], reduction: str, blob: bool) -> None:
-    input, target = images(2, 1, 4, 20, dtype=torch.float32)
+    input, target = images(1, 1, 3, 12, dtype=torch.float32)
     options = {"sigmoid": True, "reduction": reduction, "valid_mask": target | (input > -2)}
     on_kernels(input, target, blob=blob, **options)
-    values, *rest = arguments[0]
+    values, target, predicted, valid, *settings = arguments[0]
     values = values.detach().requires_grad_()
-    torch.library.opcheck(torch.ops.fastinstance.terms.default, (values, *rest), test_utils=CHECKS)
-    _, _, valid, given, request = rest
-    found, total, *saved = torch.ops.fastinstance.terms(values, *rest)
+    of_terms = (values, target, predicted, valid, *settings)
+    torch.library.opcheck(torch.ops.fastinstance.terms.default, of_terms, test_utils=CHECKS)
+    found, total, *saved = torch.ops.fastinstance.terms(*of_terms)
+    # As `instance_terms` asks for a gradient, as a module does, and both at once.
     upstream = torch.ones_like(found), torch.ones_like(total)
     for to_found, to_total in (upstream, (upstream[0], None), (None, upstream[1])):
-        of_gradient = (to_found, to_total, values.detach().requires_grad_(), valid, saved, given, request)
+        of_gradient = (to_found, to_total, values, valid, saved, *settings)
         torch.library.opcheck(torch.ops.fastinstance.terms_gradient.default, of_gradient, test_utils=CHECKS)
 
 

@@ -1,9 +1,9 @@
-"""The labelling kernels with their programs in drawn orders, interleaved, and reading stale memory.
+"""The kernels with their programs in drawn orders, interleaved, and reading stale memory.
 
 The interpreter runs one program after the other, which hides races. Here the programs of a launch are threads of
 which one runs at a time; before each memory access the one that goes on is drawn. A load may return any value that
 its address has held since the launch began, later loads older ones too: more disorder than a GPU allows. The
-labels must be exact all the same.
+labels must be exact all the same, and the losses the same to the last bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ from fastinstance_kernels import label_planes, launch, words
 from torch import Tensor
 from triton.runtime import interpreter
 
-from fastinstance.testing import pattern
+from fastinstance import use_backend
+from fastinstance.functional import instance_terms
+from fastinstance.testing import assert_close, pattern
+
+ORDERED = ("gather", "coefficients")
+"""Kernels that read what others of the launch wrote, after a ticket, or they themselves, after a barrier."""
 
 builder = interpreter.interpreter_builder
 memory = interpreter._interpreter
@@ -54,12 +59,13 @@ class Program(threading.Thread):
 class Launch:
     """The programs of one launch, and what memory held since it began."""
 
-    def __init__(self, draw: random.Random) -> None:
+    def __init__(self, draw: random.Random, ordered: bool) -> None:
         self.draw = draw
+        self.ordered = ordered
         self.running: list[Program] = []
         self.failures: list[BaseException] = []
         self.finished = threading.Event()
-        self.held: defaultdict[int, list[int]] = defaultdict(list)  # address -> earlier values
+        self.held: defaultdict[int, list[float]] = defaultdict(list)  # address -> earlier values
 
     def go_on(self) -> None:
         if self.running:
@@ -85,9 +91,9 @@ def switch() -> Launch:
     return program.grid
 
 
-def remember(grid: Launch, addresses: np.ndarray, mask: np.ndarray) -> None:
-    """Keep the int32 values that a store or an atomic is about to replace."""
-    old = memory.load(addresses, mask, np.zeros(addresses.shape, np.int32), np.dtype(np.int32))
+def remember(grid: Launch, addresses: np.ndarray, mask: np.ndarray, kind: np.dtype) -> None:
+    """Keep the values that a store or an atomic is about to replace."""
+    old = memory.load(addresses, mask, np.zeros(addresses.shape, kind), kind)
     for address, value in zip(addresses[mask].tolist(), old[mask].tolist(), strict=True):
         grid.held[address].append(value)
 
@@ -101,7 +107,7 @@ def disorder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     class Interleaved(interpreter.GridExecutor):
         def __init__(self, fn: Any, arg_names: Any, grid: Any, hooks: Any) -> None:
             super().__init__(fn, arg_names, grid, hooks)
-            programs = Launch(draw)
+            programs = Launch(draw, fn.__name__ in ORDERED)
 
             # The executor calls this once per program; the last call runs them all.
             def defer(**arguments: Any) -> None:
@@ -114,6 +120,7 @@ def disorder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             self.fn = defer
 
     load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
+    swap = builder.create_atomic_cas
 
     def stale_load(ptrs: Any, mask: Any, *rest: Any) -> Any:
         grid = switch()
@@ -121,24 +128,30 @@ def disorder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         result = load(ptrs, mask, *rest)
         for position, address in np.ndenumerate(ptrs.data):
             earlier = grid.held.get(int(address))
-            if earlier and mask.data[position] and draw.random() < 0.5:
+            if earlier and not grid.ordered and mask.data[position] and draw.random() < 0.5:
                 result.data[position] = draw.choice(earlier)
                 seen["stale"] += 1
         return result
 
     def remembering_store(ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        remember(switch(), ptrs.data, mask.data)
+        remember(switch(), ptrs.data, mask.data, value.data.dtype)
         return store(ptrs, value, mask, *rest)
 
     def remembering_atomic(operation: Any, ptr: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        remember(switch(), ptr.data, mask.data)
+        remember(switch(), ptr.data, mask.data, value.data.dtype)
         return atomic(operation, ptr, value, mask, *rest)
+
+    def remembering_swap(ptr: Any, compared: Any, value: Any, *rest: Any) -> Any:
+        remember(switch(), ptr.data, np.ones(ptr.data.shape, bool), value.data.dtype)
+        return swap(ptr, compared, value, *rest)
 
     monkeypatch.setattr(interpreter, "GridExecutor", Interleaved)
     monkeypatch.setattr(builder, "create_masked_load", stale_load)
     monkeypatch.setattr(builder, "create_masked_store", remembering_store)
     monkeypatch.setattr(builder, "create_atomic_rmw", remembering_atomic)
+    monkeypatch.setattr(builder, "create_atomic_cas", remembering_swap)
     monkeypatch.setattr(launch, "TILE_ROWS", 4)
+    monkeypatch.setattr(launch, "DENSE_ROWS", 4)
     monkeypatch.setattr(launch, "BLOCK_WORDS", 2)
     monkeypatch.setattr(words, "BLOCK_WORDS", tl.constexpr(2))
     monkeypatch.setattr(launch, "SCAN_BLOCK", 8)
@@ -198,3 +211,23 @@ def test_labels_do_not_depend_on_the_order(
     want, count = expected(mask[0], connectivity, min_size)
     assert torch.equal(labels[0], want)
     assert counts.tolist() == [count]
+
+
+@pytest.mark.parametrize(("shape", "connectivity", "density"), [((1, 1, 12, 40), 4, 0.5), ((1, 1, 2, 4, 34), 6, 0.3)])
+def test_terms_do_not_depend_on_the_order(
+    shape: tuple[int, ...], connectivity: int, density: float, disorder: dict[str, int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.rand(shape, generator=generator) < density
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64) + 2.0 * target - 1.5
+    options = {"sigmoid": True, "connectivity": connectivity, "instance_loss": "gdf", "reduction": "none"}
+    results = []
+    for backend in ("torch", "triton", "triton"):
+        leaf = logits.clone().requires_grad_()
+        with use_backend(backend):
+            terms = torch.stack(instance_terms(leaf, target, **options))
+        results.append((terms.detach(), *torch.autograd.grad(terms.sum(), leaf)))
+    assert disorder["switches"] > 1000
+    expected, one, other = results
+    assert_close(one, expected, rtol=1e-6, atol=1e-8)
+    assert all(map(torch.equal, one, other))
