@@ -14,11 +14,10 @@ side: a gather, without atomics.
 import triton
 import triton.language as tl
 
-from . import launch
 from .losses import MISSED as MISSED_COST
 from .losses import channel_slopes, features, form_slopes, joint_sums, joint_upstream, pointwise_slope, slopes
 from .pack import COLUMNS, wide
-from .tables import count_of
+from .tables import area_of, counts_of
 from .terms import (
     DRAWN,
     HIT,
@@ -28,30 +27,34 @@ from .terms import (
     SLOPE,
     STRAY,
     WEIGHED,
+    center_sums,
     inverse_sums,
     load_exact,
     load_nearest,
     row_sums,
 )
-from .words import head_index, instance_of
+from .words import WORD, any_of, image_tile, instances_at
 
-WORD = tl.constexpr(launch.WORD)
 BASE = tl.constexpr(8)
 """Columns of `base`: ∂/∂p where G = 1, where G = 0; the same for p², v of the pixel term; v of blob loss, NaN or 0."""
 
 
 @triton.jit
 def _upstream(
-    to_total, to_terms, term, weight, plane, planes,
+    to_total, to_terms, term, weight, plane, planes, inside,
     TOTAL: tl.constexpr, TERMS: tl.constexpr, AVERAGED: tl.constexpr, NONE: tl.constexpr,
 ):  # fmt: skip
-    """Derivative by the value of a term in a plane, as far as all terms share it; AVERAGED: over planes."""
-    at = plane if NONE else 0
-    result = tl.zeros([], tl.float64)
+    """Derivative by the value of a term in a plane or a block of them, without averages over instances; float64.
+
+    AVERAGED: the term is averaged over planes.
+    """
+    at = plane if NONE else plane * 0
+    result = (plane * 0).to(tl.float64)
     if TOTAL:
-        result += weight * tl.load(to_total + at).to(tl.float64)
+        result += weight * tl.load(to_total + at, mask=inside, other=0.0).to(tl.float64)
     if TERMS:
-        result += tl.load(to_terms + (term * planes + plane if NONE else term)).to(tl.float64)
+        first = term * planes if NONE else term
+        result += tl.load(to_terms + first + at, mask=inside, other=0.0).to(tl.float64)
     return result / planes if AVERAGED else result
 
 
@@ -85,13 +88,8 @@ def coefficients(
         c = 0
         while c < channels:
             plane = image * channels + c
-            to_seg = tl.zeros([BLOCK], tl.float64)
-            at = plane if NONE else plane * 0
-            if TOTAL:
-                to_seg += seg * tl.load(to_total + at, mask=inside, other=0.0).to(tl.float64)
-            if TERMS:
-                to_seg += tl.load(to_terms + at, mask=inside, other=0.0).to(tl.float64)
-            tl.store(upstream + plane, to_seg / planes if MEAN else to_seg, mask=inside)
+            to_seg = _upstream(to_total, to_terms, 0, seg, plane, planes, inside, TOTAL, TERMS, MEAN, NONE)
+            tl.store(upstream + plane, to_seg, mask=inside)
             c += 1
         tl.debug_barrier()
         zero = tl.zeros([BLOCK], tl.float64)
@@ -127,13 +125,9 @@ def coefficients(
             out_power = by_power
             if SIDES == 1 and OWN:
                 pixels = tl.load(omega + plane, mask=inside, other=1.0)
-                at = plane if NONE else plane * 0
-                to_blob = zero
-                if TOTAL:
-                    to_blob += instance_gt * tl.load(to_total + at, mask=inside, other=0.0).to(tl.float64)
-                if TERMS:
-                    at = planes + plane if NONE else plane * 0 + 1
-                    to_blob += tl.load(to_terms + at, mask=inside, other=0.0).to(tl.float64)
+                to_blob = _upstream(
+                    to_total, to_terms, 1, instance_gt, plane, planes, inside, TOTAL, TERMS, False, NONE
+                )  # fmt: skip
                 to_blob = to_blob / tl.maximum(n, 1.0)
                 if MEAN:
                     to_blob = to_blob / tl.maximum(tl.load(entries), 1.0)
@@ -153,10 +147,7 @@ def coefficients(
     elif SIDES > 0:
         plane = (program // groups).to(tl.int64)
         group = program % groups
-        n = count_of(counts, plane, bound)
-        m = n * 0
-        if SIDES == 2:
-            m = count_of(counts, planes.to(tl.int64) + plane, bound)
+        n, m = counts_of(counts, plane, planes, bound, SIDES)
         pixels = tl.load(omega + plane)
         planar += plane * PARTS
         entries_gt = tl.maximum(n, 1).to(tl.float64)
@@ -172,32 +163,35 @@ def coefficients(
             BLOB: tl.constexpr = SIDES == 1
             averaged: tl.constexpr = MEAN and AVERAGE != "instance" and not BLOB
             to_gt = _upstream(
-                to_total, to_terms, 1, instance_gt, plane, planes, TOTAL, TERMS, averaged, NONE
+                to_total, to_terms, 1, instance_gt, plane, planes, True, TOTAL, TERMS, averaged, NONE
             )  # fmt: skip
             if BLOB and MEAN:
                 to_gt = to_gt / tl.maximum(tl.load(entries), 1.0)
             to_gt = to_gt / (tl.load(entries) if ACROSS else entries_gt)
             if not BLOB:
                 to_pred = _upstream(
-                    to_total, to_terms, 2, instance_pred, plane, planes, TOTAL, TERMS, averaged, NONE
+                    to_total, to_terms, 2, instance_pred, plane, planes, True, TOTAL, TERMS, averaged, NONE
                 )  # fmt: skip
                 to_pred = to_pred / (tl.load(entries + 1) if ACROSS else entries_pred if BY_PRED else entries_gt)
             if BOXES:
-                push = _upstream(to_total, to_terms, 6, proximity, plane, planes, TOTAL, TERMS, MEAN, NONE)
+                push = _upstream(to_total, to_terms, 6, proximity, plane, planes, True, TOTAL, TERMS, MEAN, NONE)
                 push = 2 * push * (tl.load(planar + PULL_PRED) - tl.load(planar + PULL_GT))
         if FALSES:
-            to_missed = _upstream(to_total, to_terms, 4, false_gt, plane, planes, TOTAL, TERMS, MEAN, NONE) / entries_gt
+            to_missed = (
+                _upstream(to_total, to_terms, 4, false_gt, plane, planes, True, TOTAL, TERMS, MEAN, NONE) / entries_gt
+            )
             to_false = (
-                _upstream(to_total, to_terms, 5, false_pred, plane, planes, TOTAL, TERMS, MEAN, NONE) / entries_pred
+                _upstream(to_total, to_terms, 5, false_pred, plane, planes, True, TOTAL, TERMS, MEAN, NONE)
+                / entries_pred
             )
         if CENTERS:
-            to_center = _upstream(to_total, to_terms, 3, center, plane, planes, TOTAL, TERMS, MEAN, NONE)
-            one = tl.zeros([1], tl.float64)
-            drawn = tl.load(planar + DRAWN) + one
-            hits = tl.load(planar + HIT) + one
-            strays = tl.load(planar + STRAY) + one
+            to_center = _upstream(to_total, to_terms, 3, center, plane, planes, True, TOTAL, TERMS, MEAN, NONE)
+            one = tl.zeros([1], tl.float64)  # as a block of one
+            map_hit, map_power, map_drawn, map_v = center_sums(
+                tl.load(planar + DRAWN) + one, tl.load(planar + HIT) + one, tl.load(planar + STRAY) + one
+            )
             center_i, center_p, center_v = form_slopes(
-                hits, hits + strays, drawn, (strays + drawn - hits) * MISSED_COST, pixels + one, CENTER
+                map_hit, map_power, map_drawn, map_v, pixels + one, CENTER
             )  # fmt: skip
 
         for side in tl.static_range(SIDES):
@@ -258,27 +252,24 @@ def coefficients(
                     if CENTERS:
                         stray = tl.load(owned + (plane * bound + local) * 2, mask=real, other=0).to(tl.float64)
                         on = tl.load(owned + (plane * bound + local) * 2 + 1, mask=real, other=0).to(tl.float64)
-                        area = tl.load(sums + row * W + K, mask=real, other=1)
-                        area += tl.load(sums + row * W + 2 * K + 1, mask=real, other=0)
                         amplitude = center_i * on + center_p * (2 if CENTER_SQUARED else 1) * (on + stray)
                         if CENTER_GAMMA >= 0:
                             amplitude += center_v * stray * (CENTER_GAMMA * MISSED_COST)
                         if CENTER_GAMMA == 0:
                             amplitude -= center_v * on
-                        amplitude = tl.where(real, to_center * amplitude / area, 0.0)
+                        amplitude = tl.where(real, to_center * amplitude / area_of(sums + row * W, real, K), 0.0)
                         alone_p += amplitude
                         shared_p += amplitude
                 if INVERSE and side == 0:
-                    to_seg = _upstream(to_total, to_terms, 0, seg, plane, planes, TOTAL, TERMS, MEAN, NONE)
+                    to_seg = _upstream(to_total, to_terms, 0, seg, plane, planes, True, TOTAL, TERMS, MEAN, NONE)
                     intersection, both, share, _ = inverse_sums(
                         tl.load(planar + WEIGHED), whole, omega, plane, n.to(tl.float64), True
                     )
                     denominator = both + SEG[8]
                     slope = (2 * intersection + SEG[4]) / (denominator * denominator) - 2 / denominator
-                    number = tl.load(sums + row * W + K, mask=real, other=1)
-                    number += tl.load(sums + row * W + 2 * K + 1, mask=real, other=0)
-                    alone_p += to_seg * slope * share / number
-                    shared_p += to_seg * slope * share / number
+                    to_p = to_seg * slope * share / area_of(sums + row * W, real, K)
+                    alone_p += to_p
+                    shared_p += to_p
                 to = rows + row * (2 * K)
                 tl.store(to, alone_p, mask=inside)
                 tl.store(to + K, shared_p, mask=inside)
@@ -303,11 +294,7 @@ def gradient(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """One [ROWS, WORD] tile of ∂loss/∂values."""
-    program = tl.program_id(0)
-    column = program % row_words
-    row_tile = (program // row_words) % row_tiles
-    plane = (program // row_words // row_tiles).to(tl.int64)
-    y = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
+    plane, _, y, column = image_tile(1, row_words, row_tiles, ROWS)
     lane = tl.arange(0, WORD)[None, :]
     x = column * WORD + lane
     inside = (y < rows) & (x < width)
@@ -337,15 +324,13 @@ def gradient(
         predicted = target & 0
         if SIDES == 2:
             predicted = tl.load(masks + other * words + word, mask=y < rows, other=0)
-        if tl.max(((target | predicted) != 0).to(tl.int32)) > 0:
-            index = word * WORD + lane
-            head = head_index(tl.load(heads + plane * words + word, mask=y < rows, other=0), lane, index)
-            t = instance_of(parents + plane * pixels, block_starts + plane * blocks, head, positive)
+        if any_of((target | predicted) != 0):
+            head = tl.load(heads + plane * words + word, mask=y < rows, other=0)
+            t = instances_at(target, head, word, lane, parents + plane * pixels, block_starts + plane * blocks)
             q = t * 0
             if SIDES == 2:
-                found = (predicted >> lane & 1) != 0
-                head = head_index(tl.load(heads + other * words + word, mask=y < rows, other=0), lane, index)
-                q = instance_of(parents + other * pixels, block_starts + other * blocks, head, found)
+                head = tl.load(heads + other * words + word, mask=y < rows, other=0)
+                q = instances_at(predicted, head, word, lane, parents + other * pixels, block_starts + other * blocks)
             for side in tl.static_range(SIDES):
                 own = t if side == 0 else q
                 partner = q if side == 0 else t

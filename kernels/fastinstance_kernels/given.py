@@ -28,18 +28,13 @@ import triton.language as tl
 
 from . import launch
 from .tables import EMPTY, hash_of, slots_for
-from .words import WORD, lowest_bit
+from .words import WORD, any_of, lowest_bit
 
 NEVER = tl.constexpr(-2)
 """In no slot: a compare-and-swap with this does nothing."""
 LOW = tl.constexpr(0xFFFFFFFF)
 
 _RUNTIME = ("width", "row_words", "words", "pixels", "blocks", "capacity")
-
-
-@triton.jit
-def _any(mask):
-    return tl.max(mask.to(tl.int32)) > 0
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -64,7 +59,7 @@ def collect(ids, heads, parents, slots, width, row_words, words, pixels, blocks,
     searching = busy & (bit != 0)
     # One slot of one head per lane and turn. Ends: a slot, once taken, keeps its id, and there are more slots than
     # ids, so a search finds its id or a free slot; then the lane takes the next head.
-    while _any(busy):
+    while any_of(busy):
         fetch = busy & ~searching
         bit = tl.where(fetch, lowest_bit(pending), bit)
         pending = tl.where(fetch, pending & (pending - 1), pending)
@@ -74,7 +69,7 @@ def collect(ids, heads, parents, slots, width, row_words, words, pixels, blocks,
 
         old = tl.load(slots + slot, mask=busy, other=EMPTY, cache_modifier=".cg")
         free = busy & (old == EMPTY)
-        if _any(free):
+        if any_of(free):
             empty = tl.full([WORDS], EMPTY, tl.int64)
             seen = tl.atomic_cas(slots + slot, tl.where(free, empty, NEVER), key, sem="relaxed")
             old = tl.where(free, tl.where(seen == EMPTY, key, seen), old)
@@ -96,7 +91,7 @@ def point(heads, parents, slots, words, blocks, capacity, WORDS: tl.constexpr):
     at = (program % blocks) * WORDS + tl.arange(0, WORDS)
     pending = tl.load(heads + plane * words + at, mask=at < words, other=0)
     # Ends: each turn takes a bit off `pending`.
-    while _any(pending != 0):
+    while any_of(pending != 0):
         busy = pending != 0
         parent = parents + at * WORD + lowest_bit(pending)
         slot = tl.load(parent, mask=busy, other=0).to(tl.int64) & LOW

@@ -53,7 +53,18 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .words import NUMBERED, WORD, head_index, head_lane, heads_of, highest_bit, instance_of, is_foreground, lowest_bit
+from .words import (
+    NUMBERED,
+    WORD,
+    any_of,
+    head_lane,
+    heads_of,
+    highest_bit,
+    image_tile,
+    instances_at,
+    is_foreground,
+    lowest_bit,
+)
 
 CONNECTIVITIES = {2: (4, 8), 3: (6, 18, 26)}
 """Numbers of neighbours that exist for each number of spatial dimensions; the last one is the default."""
@@ -77,29 +88,13 @@ _RUNTIME = (
 )
 
 
-@triton.jit
-def _any(mask):
-    return tl.max(mask.to(tl.int32)) > 0
-
-
-@triton.jit
-def _image_tile(depth, height, row_words, tiles_y, ROWS: tl.constexpr):
-    """The tile of an image that this program handles, one word wide: plane, slice, rows [ROWS, 1], column of words."""
-    tile = tl.program_id(0)
-    column = tile % row_words
-    tile = tile // row_words
-    y = (tile % tiles_y) * ROWS + tl.arange(0, ROWS)[:, None]
-    tile = tile // tiles_y
-    return (tile // depth).to(tl.int64), tile % depth, y, column
-
-
 @triton.jit(do_not_specialize=_RUNTIME)
 def pack_mask(
     image, mask, heads, threshold, depth, height, width, row_words, tiles_y,
     stride_plane, stride_z, stride_y, stride_x, THRESHOLD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One tile: mask words and heads of an image with any strides."""
-    plane, z, y, column = _image_tile(depth, height, row_words, tiles_y, ROWS)
+    plane, z, y, column = image_tile(depth, row_words, tiles_y, ROWS)
     lane = tl.arange(0, WORD)[None, :]
     x = column * WORD + lane
     value = tl.load(
@@ -186,7 +181,7 @@ def initialise(
 
     pending = start
     # Ends: each turn takes a bit off `pending`.
-    while _any(pending != 0):
+    while any_of(pending != 0):
         bit = lowest_bit(pending)
         row_shift = -row_words
         if VOLUME:
@@ -230,7 +225,7 @@ def flatten(
     found = pending & 0
     # One step of one head per lane and turn. Ends: a step either moves `node` to a strictly smaller index >= 0
     # or is the last of its head; then the lane takes the next one.
-    while _any(busy):
+    while any_of(busy):
         node = tl.where(climbing, node, first_index + lowest_bit(pending))
         index = tl.where(climbing, index, node)
         pending = tl.where(climbing, pending, pending & (pending - 1))
@@ -254,10 +249,10 @@ def flatten(
 
     if NUMBER:
         count = 0
-        if _any(kept != 0):
+        if any_of(kept != 0):
             number = tl.cumsum(found, axis=0) - found
             # Ends: each turn takes a bit off `kept`.
-            while _any(kept != 0):
+            while any_of(kept != 0):
                 number += 1
                 tl.store(parents + first_index + lowest_bit(kept), -number + NUMBERED, mask=kept != 0)
                 kept = kept & (kept - 1)
@@ -302,7 +297,7 @@ def _join_row(
     # One step of one union per lane and turn. Ends: a step either strictly decreases a + b >= 0 (a parent is
     # smaller than its head, a link that came too late goes on with `old` < high) or makes a and b equal;
     # then the lane takes the next of its at most 64 bits.
-    while _any(busy):
+    while any_of(busy):
         pending = at_start | begins
         fetch = (a == b) & (pending != 0)
         bit = lowest_bit(pending)
@@ -386,7 +381,7 @@ def measure(mask, heads, parents, sizes, words, blocks, WORDS: tl.constexpr):
     pending = tl.load(heads + plane * words + at, mask=at < words, other=0)
     background = ~tl.load(mask + plane * words + at, mask=at < words, other=0)
     # Ends: each turn takes a bit off `pending`.
-    while _any(pending != 0):
+    while any_of(pending != 0):
         bit = lowest_bit(pending)
         root = tl.load(parents + at * WORD + bit, mask=pending != 0, other=0)
         after = (pending | background) & (-2 << bit)
@@ -395,12 +390,9 @@ def measure(mask, heads, parents, sizes, words, blocks, WORDS: tl.constexpr):
         pending = pending & (pending - 1)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
-def scan(block_counts, block_starts, counts, blocks, BLOCK: tl.constexpr):
-    """One plane: ids given out before each of its blocks, and the number of its components."""
-    plane = tl.program_id(0)
-    block_counts += plane.to(tl.int64) * blocks
-    block_starts += plane.to(tl.int64) * blocks
+@triton.jit
+def start_blocks(block_counts, block_starts, blocks, BLOCK: tl.constexpr):
+    """Store the ids given out before each block of a plane, and return how many there are in all."""
     total = 0
     first = 0
     # Ends: `first` grows by BLOCK. (Not `range`: with NumPy 2.4, Triton 3.6's interpreter cannot take its bound.)
@@ -410,7 +402,15 @@ def scan(block_counts, block_starts, counts, blocks, BLOCK: tl.constexpr):
         tl.store(block_starts + block, total + tl.cumsum(count, axis=0) - count, mask=block < blocks)
         total += tl.sum(count, axis=0)
         first += BLOCK
-    tl.store(counts + plane, total)
+    return total
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def scan(block_counts, block_starts, counts, blocks, BLOCK: tl.constexpr):
+    """One plane: ids given out before each of its blocks, and the number of its components."""
+    plane = tl.program_id(0)
+    start = plane.to(tl.int64) * blocks
+    tl.store(counts + plane, start_blocks(block_counts + start, block_starts + start, blocks, BLOCK))
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -418,17 +418,16 @@ def write(
     mask, parents, block_starts, labels, height, width, row_words, tiles_y, blocks, ROWS: tl.constexpr
 ):  # fmt: skip
     """One tile of the label images, slices one below the other: pixel -> head -> root -> number -> id."""
-    plane, _, y, column = _image_tile(1, height, row_words, tiles_y, ROWS)
+    plane, _, y, column = image_tile(1, row_words, tiles_y, ROWS)
     words = height * row_words
     lane = tl.arange(0, WORD)[None, :]
     x = column * WORD + lane
     at = y * row_words + column
     word = tl.load(mask + plane * words + at, mask=y < height, other=0)
     label = tl.zeros([ROWS, WORD], tl.int32)
-    if _any(word != 0):
-        head = head_index(heads_of(word), lane, at * WORD + lane)
-        label = instance_of(
-            parents + plane * words * WORD, block_starts + plane * blocks, head, (word >> lane & 1) != 0
+    if any_of(word != 0):
+        label = instances_at(
+            word, heads_of(word), at, lane, parents + plane * words * WORD, block_starts + plane * blocks
         )
     tl.store(labels + plane * height * width + (y * width + x), label, mask=(y < height) & (x < width))
 

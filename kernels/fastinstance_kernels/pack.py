@@ -10,11 +10,8 @@ The image is read here and where `accumulate` finds foreground; all that labels 
 import triton
 import triton.language as tl
 
-from . import launch
 from .losses import features, pointwise
-from .words import heads_of, is_foreground
-
-WORD = tl.constexpr(launch.WORD)
+from .words import WORD, heads_of, image_tile, is_foreground
 
 COLUMNS = tl.constexpr(8)
 """Columns of the sums of a tile: Σ P·G, Σ P^k, Σ G, Σ v, |Ω|, poison, Σ P^k and Σ v where G = 0 (blob loss)."""
@@ -43,11 +40,8 @@ def pack(
     `values >= threshold` (a float64 threshold comes in two parts). A gamma below 0 stands for no pointwise part.
     """
     program = tl.program_id(0)
-    column = program % row_words
-    row_tile = (program // row_words) % row_tiles
-    plane = (program // row_words // row_tiles).to(tl.int64)
+    plane, _, y, column = image_tile(1, row_words, row_tiles, ROWS)
     pixels = plane * rows * width
-    y = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, WORD)[None, :]
     x = column * WORD + lane
     inside = (y < rows) & (x < width)

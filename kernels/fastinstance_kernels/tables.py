@@ -21,12 +21,11 @@ Everything is an integer and every update commutes: the tables are bitwise the s
 import triton
 import triton.language as tl
 
-from . import launch
+from .label import start_blocks
 from .losses import features, pointwise
 from .pack import COLUMNS, wide
-from .words import head_index, instance_of
+from .words import WORD, any_of, image_tile, instances_at
 
-WORD = tl.constexpr(launch.WORD)
 EMPTY = tl.constexpr(-1)
 NOWHERE = tl.constexpr(-(2**30))
 """Below -coordinate and coordinate of any pixel."""
@@ -40,9 +39,22 @@ LIMIT_V = tl.constexpr(2.0**26)
 
 
 @triton.jit
-def count_of(counts, side_plane, bound):
-    """Instances of a side plane, as far as the tables go."""
-    return tl.minimum(tl.load(counts + side_plane), bound)
+def counts_of(counts, plane, planes, bound, SIDES: tl.constexpr):
+    """Instances of either side of a plane, as far as the tables go; 0 on a side that is not labelled."""
+    n = 0
+    m = 0
+    if SIDES > 0:
+        n = tl.minimum(tl.load(counts + plane), bound)
+    if SIDES == 2:
+        m = tl.minimum(tl.load(counts + planes.to(tl.int64) + plane), bound)
+    return n, m
+
+
+@triton.jit
+def area_of(row_sums, inside, K: tl.constexpr):
+    """Pixels of some rows; 1 where there is none."""
+    area = tl.load(row_sums + K, mask=inside, other=1)
+    return area + tl.load(row_sums + 2 * K + 1, mask=inside, other=0)
 
 
 def slots_for(keys: int) -> int:
@@ -112,18 +124,6 @@ def _total(block_counts, blocks, BLOCK: tl.constexpr):
     return total
 
 
-@triton.jit
-def _starts(block_counts, block_starts, blocks, BLOCK: tl.constexpr):
-    total = 0
-    first = 0
-    while first < blocks:
-        block = first + tl.arange(0, BLOCK)
-        count = tl.load(block_counts + block, mask=block < blocks, other=0)
-        tl.store(block_starts + block, total + tl.cumsum(count, axis=0) - count, mask=block < blocks)
-        total += tl.sum(count)
-        first += BLOCK
-
-
 @triton.jit(do_not_specialize=["planes", "tiles", "blocks", "bound", "capacity", "depth", "height", "width", "groups"])
 def prepare(
     partial, dense, whole, omega, block_counts, block_starts, counts, sums, boxes, linked, back, nearest, slots, flags,
@@ -168,7 +168,7 @@ def prepare(
         entries = tl.minimum(tl.maximum(found, 1), bound).to(tl.int64)
         if group == 0:
             tl.store(counts + side_plane, found)
-            _starts(block_counts + side_plane * blocks, block_starts + side_plane * blocks, blocks, BLOCK)
+            start_blocks(block_counts + side_plane * blocks, block_starts + side_plane * blocks, blocks, BLOCK)
         row = side_plane * bound
         _clear(sums + row * W, entries * W, 0, group, groups, BLOCK)
         if PAIRS:
@@ -214,11 +214,7 @@ def accumulate(
 
     All sums of a row are updated in one instruction, as is its box.
     """
-    program = tl.program_id(0)
-    column = program % row_words
-    row_tile = (program // row_words) % row_tiles
-    plane = (program // row_words // row_tiles).to(tl.int64)
-    y = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
+    plane, _, y, column = image_tile(1, row_words, row_tiles, ROWS)
     lane = tl.arange(0, WORD)[None, :]
     x = column * WORD + lane
     word = y * row_words + column
@@ -231,18 +227,16 @@ def accumulate(
     if SIDES == 2:
         predicted = tl.load(masks + other * words + word, mask=in_plane, other=0)
         either = target | predicted
-    if tl.max((either != 0).to(tl.int32)) > 0:
-        index = word * WORD + lane
+    if any_of(either != 0):
         positive = (target >> lane & 1) != 0
-        head = head_index(tl.load(heads + plane * words + word, mask=in_plane, other=0), lane, index)
-        t = instance_of(parents + plane * pixels, block_starts + plane * blocks, head, positive)
+        head = tl.load(heads + plane * words + word, mask=in_plane, other=0)
+        t = instances_at(target, head, word, lane, parents + plane * pixels, block_starts + plane * blocks)
         n = tl.load(counts + plane)
         m = 0
         key = t.to(tl.int64) << 32
         if SIDES == 2:
-            found = (predicted >> lane & 1) != 0
-            head = head_index(tl.load(heads + other * words + word, mask=in_plane, other=0), lane, index)
-            q = instance_of(parents + other * pixels, block_starts + other * blocks, head, found)
+            head = tl.load(heads + other * words + word, mask=in_plane, other=0)
+            q = instances_at(predicted, head, word, lane, parents + other * pixels, block_starts + other * blocks)
             key = key | q
             m = tl.load(counts + other)
 
@@ -334,8 +328,7 @@ def link(
     program = tl.program_id(0)
     plane = (program // groups).to(tl.int64)
     group = program % groups
-    n = count_of(counts, plane, bound)
-    m = count_of(counts, planes.to(tl.int64) + plane, bound)
+    n, m = counts_of(counts, plane, planes, bound, 2)
     W: tl.constexpr = 2 * (K + 1) + AXES
     pred = planes.to(tl.int64) + plane
 
@@ -349,9 +342,7 @@ def link(
         for k in tl.static_range(K):
             outside = tl.load(sums + row_q * W + k, mask=there, other=0)
             tl.atomic_add(linked + row_t * K + k, outside, mask=there, sem="relaxed")
-        area = tl.load(sums + row_t * W + K, mask=there, other=0)
-        area += tl.load(sums + row_t * W + 2 * K + 1, mask=there, other=0)
-        tl.atomic_add(linked + row_q * K, area, mask=there, sem="relaxed")
+        tl.atomic_add(linked + row_q * K, area_of(sums + row_t * W, there, K), mask=there, sem="relaxed")
         first += groups * BLOCK
 
     if CENTERS:
@@ -378,7 +369,7 @@ def link(
 @triton.jit
 def center_of(row_sums, inside, K: tl.constexpr, AXES: tl.constexpr):
     """Rounded centroids floor((2 Σx + |n|) / (2 |n|)) of some rows, in the order z, y, x."""
-    area = tl.load(row_sums + K, mask=inside, other=1) + tl.load(row_sums + 2 * K + 1, mask=inside, other=0)
+    area = area_of(row_sums, inside, K)
     first = 2 * K + 2
     cx = (2 * tl.load(row_sums + first + AXES - 1, mask=inside, other=0) + area) // (2 * area)
     cy = (2 * tl.load(row_sums + first + AXES - 2, mask=inside, other=0) + area) // (2 * area)

