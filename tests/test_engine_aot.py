@@ -41,11 +41,20 @@ def test_number_of_launches() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (37, 250), (2048, 2048)])
 def test_one_kernel_serves_every_size(size: tuple[int, ...]) -> None:
     for variant, other in zip(aot.step("", size), aot.step(""), strict=True):
-        assert variant == other
+        types = variant.types
+        if "slots" in types:  # pairs of two instances need 64 bits where a plane may have more than 46340
+            types = {**types, "slots": "*i64" if max(size) > 1000 else "*i32"}
+        assert (variant.name, variant.kernel, variant.constants) == (other.name, other.kernel, other.constants)
+        assert variant.types == types
+        assert types.keys() == other.types.keys()
+        assert all(types[name] == other.types[name] for name in types if name != "slots")
 
 
-@pytest.mark.parametrize(("size", "per_pixel"), [((1024, 1024), 96), ((128, 128, 128), 66)])
-def test_memory(size: tuple[int, ...], per_pixel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("size", "own", "per_pixel"),
+    [((1024, 1024), "dice", 74), ((1024, 1024), "gdf", 96), ((256, 256), "dice", 69), ((128, 128, 128), "gdf", 72)],
+)
+def test_memory(size: tuple[int, ...], own: str, per_pixel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that the forward pass allocates, none of which it frees before its end, per pixel of a plane."""
     taken = []
     empty = torch.empty
@@ -56,7 +65,7 @@ def test_memory(size: tuple[int, ...], per_pixel: int, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch, "empty", counted)
     monkeypatch.setattr(engine, "backward", lambda *_, **__: None)
-    aot.step("", size)
+    aot.step("", size, own=own)
     images, *buffers = taken
     assert sum(buffer.nbytes for buffer in buffers) <= per_pixel * images.numel()
 
@@ -75,8 +84,7 @@ def test_numbers_are_not_specialised(name: str) -> None:
 def test_compiled_code(name: str, target: str) -> None:
     code = compiled(name, target)
     resources = (aot.amd_resources if target == "gfx942" else aot.nvidia_resources)(code)
-    if "float64" not in name:  # for checks of the gradient, not for speed
-        assert resources["spills"] == 0
+    assert resources["spills"] == 0
     assert resources["shared bytes"] <= 4096
     if target == "gfx942":
         return

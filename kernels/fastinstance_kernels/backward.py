@@ -20,6 +20,7 @@ from .pack import COLUMNS, wide
 from .tables import area_of, counts_of
 from .terms import (
     DRAWN,
+    FIXED_D,
     HIT,
     PARTS,
     PULL_GT,
@@ -75,10 +76,11 @@ def coefficients(
     FORM: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr, DICE: tl.constexpr,
     CENTER: tl.constexpr, CENTER_SQUARED: tl.constexpr, CENTER_GAMMA: tl.constexpr,
     K: tl.constexpr, AXES: tl.constexpr, SIDES: tl.constexpr, OWN: tl.constexpr, FALSES: tl.constexpr,
-    BOXES: tl.constexpr, CENTERS: tl.constexpr, BACK: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    APART: tl.constexpr, BOXES: tl.constexpr, CENTERS: tl.constexpr, BACK: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """First `planes · groups` programs: the rows of a plane. The others: the planes of a block of images."""
-    W: tl.constexpr = 2 * (K + 1) + AXES
+    W: tl.constexpr = 2 * K + 1 + AXES
     NONE: tl.constexpr = REDUCTION == "none"
     MEAN: tl.constexpr = REDUCTION == "mean"
     program = tl.program_id(0)
@@ -180,6 +182,7 @@ def coefficients(
             to_missed = (
                 _upstream(to_total, to_terms, 4, false_gt, plane, planes, True, TOTAL, TERMS, MEAN, NONE) / entries_gt
             )
+            to_missed = tl.where(n > 0, to_missed, 0.0)
             to_false = (
                 _upstream(to_total, to_terms, 5, false_pred, plane, planes, True, TOTAL, TERMS, MEAN, NONE)
                 / entries_pred
@@ -237,14 +240,19 @@ def coefficients(
                     # The pixels outside of the target are also seen by the ground-truth instances that m touches.
                     if BACK > 0:
                         partners = back + (plane * bound + local) * BACK
-                        alone_p += to_missed * load_exact(partners, inside)
+                        if FALSES:
+                            alone_p += to_missed * load_exact(partners + (2 * OWN if APART else 0), inside)
                         if OWN:
-                            seen = to_gt * load_exact(partners + 2, inside)
-                            seen_v = to_gt * tl.load(partners + 4, mask=inside, other=0).to(tl.float64)
+                            seen = to_gt * load_exact(partners, inside)
                             if BOXES:
-                                seen -= push * load_exact(partners + 5, inside)
-                                seen_v -= push * load_exact(partners + 7, inside)
-                            alone_v += by_v * seen_v
+                                seen -= push * load_exact(partners + 2 * (OWN + APART), inside)
+                            if GAMMA >= 0:
+                                partners += 2 * (OWN + APART) + 2 * BOXES
+                                seen_v = to_gt * tl.load(partners, mask=inside, other=0).to(tl.float64)
+                                if BOXES:
+                                    far = tl.load(partners + 1, mask=inside, other=0).to(tl.float64) / FIXED_D
+                                    seen_v -= push * far
+                                alone_v += by_v * seen_v
                             if SQUARED:
                                 alone_power += seen
                             else:

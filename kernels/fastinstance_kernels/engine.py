@@ -93,11 +93,22 @@ class Request(NamedTuple):
         return 1 + (self.own is not None and (self.own.squared + (self.own.gamma >= 0)))
 
     @property
+    def apart(self) -> bool:
+        """Whether the false rates have their derivative of another loss than the instance terms."""
+        return self.false_rates and (self.own is None or self.own.squared or self.own.form != self.dice)
+
+    @property
+    def slopes(self) -> int:
+        """Losses of which the derivative by Σ P^k is kept for the partners."""
+        return (self.own is not None) + self.apart
+
+    @property
     def back(self) -> int:
         """Columns of the sums over partners that the gradient needs."""
         if not self.differentiable or self.sides < 2:
             return 0
-        return 9 if self.proximity else 5 if self.own else 2 if self.false_rates else 0
+        pointwise = self.own is not None and self.own.gamma >= 0
+        return 2 * self.slopes + 2 * self.proximity + pointwise * (1 + self.proximity)
 
 
 class Saved(NamedTuple):
@@ -130,6 +141,7 @@ class _Plan(NamedTuple):
     axes: int
     bound: int
     capacity: int
+    key: torch.dtype  # of a pair
 
     @classmethod
     def of(cls, shape: tuple[int, ...], request: Request, given: bool) -> _Plan:
@@ -143,7 +155,8 @@ class _Plan(NamedTuple):
         if request.max_instances is not None:
             bound = min(bound, request.max_instances)
         pairs = min(bound * bound, pixels)
-        return cls(planes, depth, height, width, len(size), bound, slots_for(pairs))
+        key = torch.int32 if bound * bound < 2**31 else torch.int64
+        return cls(planes, depth, height, width, len(size), bound, slots_for(pairs), key)
 
     @property
     def rows(self) -> int:
@@ -195,7 +208,7 @@ def shapes(
         "parents": ((sides * planes * plan.words * launch.WORD,), torch.int32),
         "block_starts": ((sides * planes * plan.blocks,), torch.int32),
         "counts": ((sides * planes,), torch.int32),
-        "sums": ((sides * planes * bound * (2 * (k + 1) + plan.axes),), torch.int64),
+        "sums": ((sides * planes * bound * (2 * k + 1 + plan.axes),), torch.int64),
         "linked": ((2 * two * planes * bound * k,), torch.int64),
         "dense": ((planes * COLUMNS.value,), torch.float64),
         "whole": ((planes * 4,), torch.float64),
@@ -262,10 +275,15 @@ def forward(
     ticket = empty(1, dtype=torch.int32)
     box = empty(sides * boxes * planes * plan.bound * 2 * plan.axes, dtype=torch.int32)
     # Of the given ids first, of the pairs later.
-    slot_counts = (plan.capacity if sides == 2 else 0, slots_for(pixels) if given and sides else 0)
-    slots = empty(planes * max(slot_counts), dtype=torch.int64)
-    losses = empty((request.own is not None) * sides * planes * plan.bound, dtype=torch.float64)
-    slope = empty((sides > 0) * planes * plan.bound * 2, dtype=torch.float64)
+    slot_bytes = (
+        plan.capacity * plan.key.itemsize if sides == 2 else 0,
+        8 * slots_for(pixels) if given and sides else 0,
+    )
+    memory = empty(planes * triton.cdiv(max(slot_bytes), 8), dtype=torch.int64)
+    slots = memory.view(plan.key)
+    real = torch.float64 if wide else torch.float32
+    losses = empty((request.own is not None) * sides * planes * plan.bound, dtype=real)
+    slope = empty((sides > 0) * planes * plan.bound * request.slopes, dtype=real)
     owners = empty(centers * 2 * planes * pixels, dtype=torch.int32)
 
     with torch.cuda.device_of(values):
@@ -282,7 +300,7 @@ def forward(
         block_counts = saved.counts
         if sides > 0:
             if given:
-                given_forest(target, saved.heads, saved.parents, slots, planes, values.shape[1:])
+                given_forest(target, saved.heads, saved.parents, memory, planes, values.shape[1:])
             _, block_counts, _ = label_forest(
                 saved.masks, saved.heads, sides * planes, values.shape[1:], request.connectivity,
                 parents=saved.parents, first_given=planes if given else 0,
@@ -314,8 +332,8 @@ def forward(
                 saved.counts, saved.sums, saved.linked, saved.dense, box, losses, slope, saved.nearest, owners,
                 plan.scale_v, planes, depth, height, width, plan.bound, *center_size, groups, *spacing,
                 FORM=own.form, DICE=request.dice, SQUARED=own.squared, GAMMA=own.gamma, K=k, AXES=plan.axes,
-                SIDES=sides, OWN=request.own is not None, CENTERS=centers, BOXES=boxes, WIDE=wide,
-                BLOCK=32, OTHERS=8, num_warps=1,
+                SIDES=sides, OWN=request.own is not None, APART=request.apart, CENTERS=centers, BOXES=boxes, WIDE=wide,
+                BLOCK=32, OTHERS=2 if wide else 8, num_warps=1,
             )  # fmt: skip
         groups = plan.groups(1024, min(64, triton.cdiv(plan.bound, 64))) if sides else 1
         parts = empty(planes, groups, PARTS.value, dtype=torch.float64)
@@ -326,8 +344,8 @@ def forward(
             *weights,
             SEG=seg.form, CENTER=(request.center or Loss()).form, CATEGORICAL=request.categorical,
             INVERSE=request.inverse, AVERAGE=request.average, REDUCTION=request.reduction, BY_PRED=request.by_pred,
-            K=k, AXES=plan.axes, SIDES=sides, OWN=request.own is not None, BOXES=boxes, CENTERS=centers,
-            VALID=valid is not None, BACK=request.back, WIDE=wide, BLOCK=32, num_warps=1,
+            K=k, AXES=plan.axes, SIDES=sides, OWN=request.own is not None, APART=request.apart, GAMMA=own.gamma,
+            BOXES=boxes, CENTERS=centers, VALID=valid is not None, BACK=request.back, WIDE=wide, BLOCK=32, num_warps=1,
         )  # fmt: skip
     return found, total, saved
 
@@ -367,6 +385,7 @@ def backward(
             FORM=own.form, SQUARED=own.squared, GAMMA=own.gamma, DICE=request.dice,
             CENTER=center.form, CENTER_SQUARED=center.squared, CENTER_GAMMA=center.gamma,
             K=k, AXES=plan.axes, SIDES=sides, OWN=request.own is not None, FALSES=request.false_rates,
+            APART=request.apart,
             BOXES=request.proximity, CENTERS=request.center is not None, BACK=request.back, WIDE=wide,
             BLOCK=block, num_warps=1,
         )  # fmt: skip
@@ -376,6 +395,6 @@ def backward(
             plan.words * launch.WORD, plan.blocks, plan.bound,
             LOGITS=request.logits, VALID=valid is not None, SEG=request.seg is not None, SEG_SQUARED=seg.squared,
             SEG_GAMMA=seg.gamma, POSITIVES_ONLY=request.categorical, SQUARED=own.squared, GAMMA=own.gamma,
-            K=k, SIDES=sides, ROWS=launch.TILE_ROWS, num_warps=1,
+            K=k, SIDES=sides, ROWS=launch.TILE_ROWS, num_warps=2 if wide else 1,
         )  # fmt: skip
     return result

@@ -3,13 +3,14 @@
 Rows of a side are numbered by id in their plane, `bound` rows to a plane; side 0 is the target, side 1 the prediction.
 A plane without an instance on a side has one *artificial* row 0 there, of no pixel.
 
-    sums   int64 [sides, planes, bound, 2 (K + 1) + axes]  for the pixels that the other side does not have, then for
-                 those that it has: K features in fixed point and the number of pixels; then Σ of each coordinate
+    sums   int64 [sides, planes, bound, 2 K + 1 + axes]  K features in fixed point, over the pixels that the other side
+                 does not have, then over those that it has; the numbers of these pixels, in the lower and the upper
+                 half of one word; Σ of each coordinate
     boxes  int32 [sides, planes, bound, 2 axes]            -least and greatest coordinate of each axis
     linked int64 [sides, planes, bound, K]  over the instances of the other side that share a pixel with the row: Σ of
                  their features outside of the target (target rows), or of their pixels (predicted rows, first column)
-    slots  int64 [planes, capacity]  pairs as keys n M + m: at that place while all N M of them fit, else in a hash;
-                 EMPTY elsewhere. A pair has a pixel of its own, so the hash never fills.
+    slots  int32 or int64 [planes, capacity]  pairs as keys n M + m: at that place while all N M of them fit, else in a
+                 hash; EMPTY elsewhere. A pair has a pixel of its own, so the hash never fills.
 
 Everything is an integer and every update commutes: the tables are bitwise the same on every run.
 """
@@ -51,15 +52,22 @@ def counts_of(counts, plane, planes, bound, SIDES: tl.constexpr):
 
 
 @triton.jit
+def areas_of(row_sums, inside, K: tl.constexpr):
+    """Pixels of some rows that the other side does not have (1 where there is no row), and that it has; int64."""
+    both = tl.load(row_sums + 2 * K, mask=inside, other=1)
+    return both & 0xFFFFFFFF, both >> 32
+
+
+@triton.jit
 def area_of(row_sums, inside, K: tl.constexpr):
     """Pixels of some rows; 1 where there is none."""
-    area = tl.load(row_sums + K, mask=inside, other=1)
-    return area + tl.load(row_sums + 2 * K + 1, mask=inside, other=0)
+    alone, shared = areas_of(row_sums, inside, K)
+    return alone + shared
 
 
 def slots_for(keys: int) -> int:
     """Slots of an open hash of up to so many keys."""
-    return max(keys + keys // 2, 64)
+    return max(keys + keys // 4, 64)
 
 
 @triton.jit
@@ -74,11 +82,12 @@ def hash_of(key, capacity):
 def insert(slots, key, capacity):
     """Put a key into an open hash; ends, since there are more slots than keys."""
     at = hash_of(key, capacity)
-    empty = tl.full([], EMPTY, tl.int64)
+    empty = tl.full([], EMPTY, slots.dtype.element_ty)
+    entry = key.to(slots.dtype.element_ty)
     searching = True
     while searching:
-        old = tl.atomic_cas(slots + at, empty, key, sem="relaxed")
-        searching = (old != empty) & (old != key)
+        old = tl.atomic_cas(slots + at, empty, entry, sem="relaxed")
+        searching = (old != empty) & (old != entry)
         at = tl.where(at + 1 == capacity, 0, at + 1)
 
 
@@ -94,7 +103,7 @@ def pair_at(slots, at, n, m, inside):
     key = at
     there = inside
     if (n > 0) & (m > 0):
-        key = tl.load(slots + at, mask=inside, other=EMPTY)
+        key = tl.load(slots + at, mask=inside, other=EMPTY).to(tl.int64)
         there = inside & (key != EMPTY)
     # Else the artificial row is linked to all that the other side has.
     width = tl.maximum(m, 1)
@@ -105,12 +114,11 @@ def pair_at(slots, at, n, m, inside):
 @triton.jit
 def _clear(pointer, length, value, group, groups, BLOCK: tl.constexpr):
     """This group's share of `pointer[:length] = value`."""
-    at = group.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     first = group.to(tl.int64) * BLOCK
     while first < length:
+        at = first + tl.arange(0, BLOCK)
         tl.store(pointer + at, value, mask=at < length)
         first += groups * BLOCK
-        at += groups * BLOCK
 
 
 @triton.jit
@@ -153,7 +161,7 @@ def prepare(
         tl.store(whole + plane * 4 + place, total + poison, mask=place < 4)
         tl.store(omega + plane + place - 4, total, mask=place == 4)
 
-    W: tl.constexpr = 2 * (K + 1) + AXES
+    W: tl.constexpr = 2 * K + 1 + AXES
     n = 0
     m = 0
     if SIDES > 0:
@@ -287,9 +295,10 @@ def _add_to_row(
 ):  # fmt: skip
     """Add the columns of a tile (features, pixels, coordinates) to a row, and widen its box."""
     place = tl.arange(0, 8)
-    at = tl.where(shared | (place > K), K + 1, 0) + place
+    at = tl.where(shared | (place >= K), K, 0) + place
+    columns = tl.where(shared & (place == K), columns << 32, columns)
     used = K + 1 + (AXES if CENTERS else 0)
-    tl.atomic_add(sums + row * (2 * (K + 1) + AXES) + at, columns, mask=place < used, sem="relaxed")
+    tl.atomic_add(sums + row * (2 * K + 1 + AXES) + at, columns, mask=place < used, sem="relaxed")
     if BOXES:
         tl.atomic_max(boxes + row * (2 * AXES) + place, box, mask=place < 2 * AXES, sem="relaxed")
 
@@ -329,7 +338,7 @@ def link(
     plane = (program // groups).to(tl.int64)
     group = program % groups
     n, m = counts_of(counts, plane, planes, bound, 2)
-    W: tl.constexpr = 2 * (K + 1) + AXES
+    W: tl.constexpr = 2 * K + 1 + AXES
     pred = planes.to(tl.int64) + plane
 
     used = slots_used(n, m, capacity)
@@ -370,7 +379,7 @@ def link(
 def center_of(row_sums, inside, K: tl.constexpr, AXES: tl.constexpr):
     """Rounded centroids floor((2 Σx + |n|) / (2 |n|)) of some rows, in the order z, y, x."""
     area = area_of(row_sums, inside, K)
-    first = 2 * K + 2
+    first = 2 * K + 1
     cx = (2 * tl.load(row_sums + first + AXES - 1, mask=inside, other=0) + area) // (2 * area)
     cy = (2 * tl.load(row_sums + first + AXES - 2, mask=inside, other=0) + area) // (2 * area)
     cz = cx * 0

@@ -1,13 +1,16 @@
 """From the tables to the terms: the loss of every instance, distances of boxes, centre maps, averages.
 
-Sums come as integers, are worked on in float64, and are added up in a fixed order or in fixed point.
+Sums come as integers, are worked on in float64, and are added up in a fixed order or in fixed point. In between, what
+belongs to a row is kept in float32 (float64 for float64 input).
 
-    losses  float64 [sides, planes, bound]     L of Eqs. 2 and 3 (blob loss: of each ground-truth instance)
-    slopes  float64 [planes, bound, 2]         of target rows: ∂L/∂Σ P^k, and the same of the false rate's Dice
+    losses  float [sides, planes, bound]     L of Eqs. 2 and 3 (blob loss: of each ground-truth instance)
+    slopes  float [planes, bound, OWN + APART]  of target rows: ∂L/∂Σ P^k, and the same of the false rate's Dice if
+                                               that is another loss
     nearest int32 or int64 [sides, planes, bound]  least Distance-IoU loss to the other side, as the bits of a float
     owners  int32 [sides, planes, pixels]      smallest row whose centre box covers the pixel; written only under boxes
     owned   int32 [planes, bound, 2]           pixels of predicted centre boxes outside and inside the true ones
-    back    int64 [planes, bound, BACK]        of predicted rows: sums over the partners, for the gradient
+    back    int64 [planes, bound, BACK]        of predicted rows: sums over the partners, for the gradient: of the
+                                               slopes, of D·∂L/∂Σ P^k and, if the loss is pointwise, of 1 and of D
     parts   float64 [planes, groups, PARTS]    this group's share of the sums over the instances of a plane
     planar  float64 [planes, PARTS]            the sums, for the gradient
 """
@@ -22,10 +25,12 @@ import triton.language as tl
 from .losses import MISSED as MISSED_COST
 from .losses import channel_value, form_slopes, form_value, joint_sums
 from .pack import COLUMNS
-from .tables import FIXED_P, UNDRAWN, area_of, box_pixel, center_of, counts_of, pair_at, slots_used
+from .tables import FIXED_P, UNDRAWN, area_of, areas_of, box_pixel, center_of, counts_of, pair_at, slots_used
 
 FINE = tl.constexpr(2.0**60)
 COARSE = tl.constexpr(2.0**20)
+FIXED_D = tl.constexpr(2.0**31)
+"""Unit of sums of distances, each at most 2 and of at most 2^31 pairs."""
 PARTS = tl.constexpr(16)
 TERMS = tl.constexpr(8)
 
@@ -59,11 +64,10 @@ def row_sums(
     Target rows are seen with the components that touch them, predicted rows with all instances that they touch (Eqs. 2
     and 3), blob rows with all that is outside of the target.
     """
-    W: tl.constexpr = 2 * (K + 1) + AXES
+    W: tl.constexpr = 2 * K + 1 + AXES
     alone = sums + row * W
-    shared = alone + K + 1
-    area = tl.load(alone + K, mask=inside, other=0)
-    hit = tl.load(shared + K, mask=inside, other=0)
+    shared = alone + K
+    area, hit = areas_of(alone, inside, K)
     inner = _from_fixed(tl.load(shared, mask=inside, other=0), FIXED_P)
     outer = _from_fixed(tl.load(alone, mask=inside, other=0), FIXED_P)
     power = inner * 0.0
@@ -142,8 +146,8 @@ def instances(
     counts, sums, linked, dense, boxes, losses, slopes, nearest, owners,
     scale_v, planes, depth, height, width, bound, size_z, size_y, size_x, groups, spacing_z, spacing_y, spacing_x,
     FORM: tl.constexpr, DICE: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr, K: tl.constexpr,
-    AXES: tl.constexpr, SIDES: tl.constexpr, OWN: tl.constexpr, CENTERS: tl.constexpr, BOXES: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+    AXES: tl.constexpr, SIDES: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr, CENTERS: tl.constexpr,
+    BOXES: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     """One of `groups` programs of a plane: losses of its rows, their centre boxes, and box distances of its pairs.
 
@@ -165,7 +169,7 @@ def instances(
             local = first + tl.arange(0, BLOCK)
             inside = local < entries
             row = side_plane * bound + local
-            if OWN or side == 0:
+            if OWN or (APART and side == 0):
                 hit, total, power, number, v = row_sums(
                     sums, linked, dense, row, inside, scale_v, side == 0, SIDES == 1, SQUARED, GAMMA, K, AXES
                 )  # fmt: skip
@@ -174,12 +178,13 @@ def instances(
                 if side == 0:
                     if OWN:
                         _, by_power, _ = form_slopes(hit, power, number, v, omega, FORM)
-                        tl.store(slopes + row * 2, by_power, mask=inside)
-                    _, by_total, _ = form_slopes(hit, total, number, v, omega, DICE)
-                    tl.store(slopes + row * 2 + 1, tl.where(local < count, by_total, 0.0), mask=inside)
+                        tl.store(slopes + row * (OWN + APART), by_power, mask=inside)
+                    if APART:
+                        _, by_total, _ = form_slopes(hit, total, number, v, omega, DICE)
+                        tl.store(slopes + row * (OWN + APART) + OWN, by_total, mask=inside)
             if CENTERS:
                 real = local < count
-                cz, cy, cx = center_of(sums + row * (2 * (K + 1) + AXES), real, K, AXES)
+                cz, cy, cx = center_of(sums + row * (2 * K + 1 + AXES), real, K, AXES)
                 cell = 0
                 while cell < size_z * size_y * size_x:
                     at, covered = box_pixel(cz, cy, cx, cell, depth, height, width, size_z, size_y, size_x)
@@ -287,8 +292,9 @@ def gather(
     seg, instance_gt, instance_pred, center, false_gt, false_pred, proximity,
     SEG: tl.constexpr, CENTER: tl.constexpr, CATEGORICAL: tl.constexpr, INVERSE: tl.constexpr,
     AVERAGE: tl.constexpr, REDUCTION: tl.constexpr, BY_PRED: tl.constexpr,
-    K: tl.constexpr, AXES: tl.constexpr, SIDES: tl.constexpr, OWN: tl.constexpr, BOXES: tl.constexpr,
-    CENTERS: tl.constexpr, VALID: tl.constexpr, BACK: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, AXES: tl.constexpr, SIDES: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr,
+    GAMMA: tl.constexpr, BOXES: tl.constexpr, CENTERS: tl.constexpr, VALID: tl.constexpr, BACK: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One of `groups` programs of a plane: its share of the sums over instances, and over the partners of each.
 
@@ -301,7 +307,7 @@ def gather(
     pixels = depth.to(tl.int64) * height * width
     if VALID:
         valid += plane * pixels
-    W: tl.constexpr = 2 * (K + 1) + AXES
+    W: tl.constexpr = 2 * K + 1 + AXES
     columns = tl.zeros([PARTS], tl.float64)
     for side in tl.static_range(SIDES):
         count = n if side == 0 else m
@@ -313,18 +319,18 @@ def gather(
             inside = local < listed
             real = local < count
             row = side_plane * bound + local
-            shared = tl.load(sums + row * W + 2 * K + 1, mask=real, other=1)
-            columns = _column(columns, MISSED + side, shared == 0)
+            _, shared = areas_of(sums + row * W, real, K)
+            columns = _column(columns, MISSED + side, real & (shared == 0))
             if OWN:
-                loss = tl.load(losses + row, mask=inside, other=0.0)
+                loss = tl.load(losses + row, mask=inside, other=0.0).to(tl.float64)
                 columns = _column(columns, SUM_GT + side, loss)
                 if BOXES:
                     columns = _column(columns, PULL_GT + side, load_nearest(nearest, row, inside, WIDE) * loss)
             if side == 0 and INVERSE:
-                p = tl.load(sums + row * W, mask=real, other=0) + tl.load(sums + row * W + K + 1, mask=real, other=0)
+                p = tl.load(sums + row * W, mask=real, other=0) + tl.load(sums + row * W + K, mask=real, other=0)
                 columns = _column(columns, WEIGHED, _from_fixed(p, FIXED_P) / area_of(sums + row * W, real, K))
             if SIDES == 1 and OWN:
-                columns = _column(columns, SLOPE, tl.load(slopes + row * 2, mask=inside, other=0.0))
+                columns = _column(columns, SLOPE, tl.load(slopes + row, mask=inside, other=0.0))
             if CENTERS:
                 drawn, hit = _pixels_owned(
                     owners + side_plane * pixels, owners + plane * pixels, valid, sums + row * W, local, real,
@@ -348,15 +354,19 @@ def gather(
             there, row_t, row_q = pair_at(slots + plane * capacity, at, n, m, at < used)
             row_t = plane * bound + row_t
             to = back + (plane * bound + row_q) * BACK
-            _add_exact(to, tl.load(slopes + row_t * 2 + 1, mask=there, other=0.0), there)
-            if OWN:
-                slope = tl.load(slopes + row_t * 2, mask=there, other=0.0)
-                _add_exact(to + 2, slope, there)
-                tl.atomic_add(to + 4, there.to(tl.int64), mask=there, sem="relaxed")
+            KEPT: tl.constexpr = OWN + APART
+            for i in tl.static_range(KEPT):
+                slope = tl.load(slopes + row_t * KEPT + i, mask=there, other=0.0)
+                _add_exact(to + 2 * i, slope.to(tl.float64), there)
+            if BOXES:
+                distance = load_nearest(nearest, row_t, there, WIDE)
+                slope = tl.load(slopes + row_t * KEPT, mask=there, other=0.0).to(tl.float64)
+                _add_exact(to + 2 * KEPT, distance * slope, there)
+            if GAMMA >= 0:
+                to += 2 * KEPT + 2 * BOXES
+                tl.atomic_add(to, there.to(tl.int64), mask=there, sem="relaxed")
                 if BOXES:
-                    distance = load_nearest(nearest, row_t, there, WIDE)
-                    _add_exact(to + 5, distance * slope, there)
-                    _add_exact(to + 7, distance, there)
+                    tl.atomic_add(to + 1, (distance * FIXED_D).to(tl.int64), mask=there, sem="relaxed")
             first_slot += groups * BLOCK
 
     tl.debug_barrier()  # the stores of all threads come before the ticket
