@@ -1,7 +1,7 @@
 """The gradient: a coefficient for every row of the tables, then one pass over the pixels that looks them up.
 
     base  float [planes, BASE]                of every pixel, by whether G = 1
-    rows  float [sides, planes, bound, 2, K]  of the pixels of an instance that the other side does not have, then has
+    rows  float [rows, 2, K]              of the pixels of an instance that the other side does not have, then has
 
 A pixel's gradient is the sum over its features of dφ/dx times the coefficients of its plane, of its instance on either
 side: a gather, without atomics.
@@ -17,7 +17,7 @@ import triton.language as tl
 from .losses import MISSED as MISSED_COST
 from .losses import channel_slopes, features, form_slopes, joint_sums, joint_upstream, pointwise_slope, slopes
 from .pack import COLUMNS, wide
-from .tables import area_of, counts_of
+from .tables import area_of, counts_of, first_row
 from .terms import (
     DRAWN,
     FIXED_D,
@@ -61,7 +61,7 @@ def _upstream(
 
 @triton.jit(
     do_not_specialize=[
-        "scale_v", "planes", "channels", "bound", "groups",
+        "scale_v", "planes", "channels", "bound", "bound_pred", "groups",
         "seg", "instance_gt", "instance_pred", "center", "false_gt", "false_pred", "proximity",
     ],
     do_not_specialize_on_alignment=["to_total", "to_terms"],
@@ -69,7 +69,7 @@ def _upstream(
 def coefficients(
     to_total, to_terms, counts, sums, linked, dense, whole, omega, nearest, owned, back, planar, entries,
     upstream, base, rows,
-    scale_v, planes, channels, bound, groups,
+    scale_v, planes, channels, bound, bound_pred, groups,
     seg, instance_gt, instance_pred, center, false_gt, false_pred, proximity,
     TOTAL: tl.constexpr, TERMS: tl.constexpr, AVERAGE: tl.constexpr, REDUCTION: tl.constexpr, BY_PRED: tl.constexpr,
     SEG: tl.constexpr, SEG_SQUARED: tl.constexpr, CATEGORICAL: tl.constexpr, INVERSE: tl.constexpr,
@@ -149,7 +149,7 @@ def coefficients(
     elif SIDES > 0:
         plane = (program // groups).to(tl.int64)
         group = program % groups
-        n, m = counts_of(counts, plane, planes, bound, SIDES)
+        n, m = counts_of(counts, plane, planes, bound, bound_pred, SIDES)
         pixels = tl.load(omega + plane)
         planar += plane * PARTS
         entries_gt = tl.maximum(n, 1).to(tl.float64)
@@ -199,13 +199,12 @@ def coefficients(
 
         for side in tl.static_range(SIDES):
             count = n if side == 0 else m
-            side_plane = side * planes.to(tl.int64) + plane
             first = group * BLOCK
             while first < tl.maximum(count, 1):
                 local = first + tl.arange(0, BLOCK)
                 inside = local < tl.maximum(count, 1)
                 real = local < count
-                row = side_plane * bound + local
+                row = first_row(plane, planes, bound, bound_pred, side == 1) + local
                 hit, total, power, number, v = row_sums(
                     sums, linked, dense + plane * COLUMNS, row, inside, scale_v,
                     side == 0, SIDES == 1, SQUARED, GAMMA, K, AXES,
@@ -239,7 +238,7 @@ def coefficients(
                     alone_v = shared_v
                     # The pixels outside of the target are also seen by the ground-truth instances that m touches.
                     if BACK > 0:
-                        partners = back + (plane * bound + local) * BACK
+                        partners = back + (plane * bound_pred + local) * BACK
                         if FALSES:
                             alone_p += to_missed * load_exact(partners + (2 * OWN if APART else 0), inside)
                         if OWN:
@@ -258,8 +257,8 @@ def coefficients(
                             else:
                                 alone_p += seen
                     if CENTERS:
-                        stray = tl.load(owned + (plane * bound + local) * 2, mask=real, other=0).to(tl.float64)
-                        on = tl.load(owned + (plane * bound + local) * 2 + 1, mask=real, other=0).to(tl.float64)
+                        stray = tl.load(owned + (plane * bound_pred + local) * 2, mask=real, other=0).to(tl.float64)
+                        on = tl.load(owned + (plane * bound_pred + local) * 2 + 1, mask=real, other=0).to(tl.float64)
                         amplitude = center_i * on + center_p * (2 if CENTER_SQUARED else 1) * (on + stray)
                         if CENTER_GAMMA >= 0:
                             amplitude += center_v * stray * (CENTER_GAMMA * MISSED_COST)
@@ -291,12 +290,12 @@ def coefficients(
 
 
 @triton.jit(
-    do_not_specialize=["planes", "rows", "width", "row_words", "row_tiles", "pixels", "blocks", "bound"],
+    do_not_specialize=["planes", "rows", "width", "row_words", "row_tiles", "pixels", "blocks", "bound", "bound_pred"],
     do_not_specialize_on_alignment=["values", "valid", "result"],
 )
 def gradient(
     values, masks, heads, valid, parents, block_starts, base, coefficients, result,
-    planes, rows, width, row_words, row_tiles, pixels, blocks, bound,
+    planes, rows, width, row_words, row_tiles, pixels, blocks, bound, bound_pred,
     LOGITS: tl.constexpr, VALID: tl.constexpr, SEG: tl.constexpr, SEG_SQUARED: tl.constexpr, SEG_GAMMA: tl.constexpr,
     POSITIVES_ONLY: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr, K: tl.constexpr, SIDES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -342,9 +341,9 @@ def gradient(
             for side in tl.static_range(SIDES):
                 own = t if side == 0 else q
                 partner = q if side == 0 else t
-                row = (side * planes.to(tl.int64) + plane) * bound + own - 1
+                row = first_row(plane, planes, bound, bound_pred, side == 1) + own - 1
                 at = coefficients + row * (2 * K) + tl.where(partner > 0, K, 0)
-                mine = (own > 0) & (own <= bound)
+                mine = (own > 0) & (own <= (bound if side == 0 else bound_pred))
                 by_p += tl.load(at, mask=mine, other=0.0)
                 if SQUARED:
                     by_power += tl.load(at + 1, mask=mine, other=0.0)

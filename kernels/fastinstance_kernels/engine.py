@@ -139,7 +139,8 @@ class _Plan(NamedTuple):
     height: int
     width: int
     axes: int
-    bound: int
+    bound: int  # rows of the tables: instances of a plane, in the target and in the prediction
+    bound_pred: int
     capacity: int
     key: torch.dtype  # of a pair
 
@@ -151,12 +152,11 @@ class _Plan(NamedTuple):
         launch.check_plane(depth * height, width, shape)
         quarters = math.prod((length + 1) // 2 for length in size)
         most = {8: quarters, 26: quarters, 18: 2 * quarters}.get(request.connectivity, (pixels + 1) // 2)
-        bound = pixels if given else min(most, pixels)
-        if request.max_instances is not None:
-            bound = min(bound, request.max_instances)
-        pairs = min(bound * bound, pixels)
-        key = torch.int32 if bound * bound < 2**31 else torch.int64
-        return cls(planes, depth, height, width, len(size), bound, slots_for(pairs), key)
+        limit = pixels if request.max_instances is None else request.max_instances
+        bound, bound_pred = min(pixels if given else most, pixels, limit), min(most, pixels, limit)
+        capacity = slots_for(min(bound * bound_pred, pixels))
+        key = torch.int32 if bound * bound_pred < 2**31 else torch.int64
+        return cls(planes, depth, height, width, len(size), bound, bound_pred, capacity, key)
 
     @property
     def rows(self) -> int:
@@ -173,6 +173,10 @@ class _Plan(NamedTuple):
     @property
     def blocks(self) -> int:
         return triton.cdiv(self.words, launch.BLOCK_WORDS)
+
+    def table_rows(self, sides: int) -> int:
+        """Of all planes."""
+        return self.planes * ((sides > 0) * self.bound + (sides > 1) * self.bound_pred)
 
     def tiles(self, rows: int) -> int:
         return triton.cdiv(self.rows, rows)
@@ -194,8 +198,8 @@ def shapes(
     """Shape and type of each result of `forward`: `found`, `total`, then the fields of `Saved`."""
     plan = _Plan.of(shape, request, given)
     sides, k = request.sides, request.features
-    planes, bound = plan.planes, plan.bound
-    two = sides == 2
+    planes, rows = plan.planes, plan.table_rows(sides)
+    pred_rows = planes * plan.bound_pred
     out = torch.float64 if dtype == torch.float64 else torch.float32
     integer = torch.int64 if dtype == torch.float64 else torch.int32
     per_plane = request.reduction == "none"
@@ -208,14 +212,14 @@ def shapes(
         "parents": ((sides * planes * plan.words * launch.WORD,), torch.int32),
         "block_starts": ((sides * planes * plan.blocks,), torch.int32),
         "counts": ((sides * planes,), torch.int32),
-        "sums": ((sides * planes * bound * (2 * k + 1 + plan.axes),), torch.int64),
-        "linked": ((2 * two * planes * bound * k,), torch.int64),
+        "sums": ((rows * (2 * k + 1 + plan.axes),), torch.int64),
+        "linked": (((sides == 2) * rows * k,), torch.int64),
         "dense": ((planes * COLUMNS.value,), torch.float64),
         "whole": ((planes * 4,), torch.float64),
         "omega": ((planes,), torch.float64),
-        "nearest": ((2 * request.proximity * planes * bound,), integer),
-        "owned": ((2 * (request.center is not None) * planes * bound,), torch.int32),
-        "back": ((planes * bound * request.back,), torch.int64),
+        "nearest": ((request.proximity * rows,), integer),
+        "owned": ((2 * (request.center is not None) * pred_rows,), torch.int32),
+        "back": ((pred_rows * request.back,), torch.int64),
         "planar": ((planes * PARTS.value,), torch.float64),
         "entries": ((2,), torch.float64),
     }
@@ -273,7 +277,8 @@ def forward(
     partial = empty(planes, dense_tiles, COLUMNS.value, dtype=torch.float64)
     flags = empty(planes, dtype=torch.int32)
     ticket = empty(1, dtype=torch.int32)
-    box = empty(sides * boxes * planes * plan.bound * 2 * plan.axes, dtype=torch.int32)
+    rows = plan.table_rows(sides)
+    box = empty(boxes * rows * 2 * plan.axes, dtype=torch.int32)
     # Of the given ids first, of the pairs later.
     slot_bytes = (
         plan.capacity * plan.key.itemsize if sides == 2 else 0,
@@ -282,7 +287,7 @@ def forward(
     memory = empty(planes * triton.cdiv(max(slot_bytes), 8), dtype=torch.int64)
     slots = memory.view(plan.key)
     real = torch.float64 if wide else torch.float32
-    losses = empty((request.own is not None) * sides * planes * plan.bound, dtype=real)
+    losses = empty((request.own is not None) * rows, dtype=real)
     slope = empty((sides > 0) * planes * plan.bound * request.slopes, dtype=real)
     owners = empty(centers * 2 * planes * pixels, dtype=torch.int32)
 
@@ -309,7 +314,7 @@ def forward(
         prepare[launch.programs(planes, groups)](
             partial, saved.dense, saved.whole, saved.omega, block_counts, saved.block_starts, saved.counts, saved.sums,
             box, saved.linked, saved.back, saved.nearest, slots, flags, ticket,
-            planes, dense_tiles, plan.blocks, plan.bound, plan.capacity, depth, height, width, groups,
+            planes, dense_tiles, plan.blocks, plan.bound, plan.bound_pred, plan.capacity, depth, height, width, groups,
             SIDES=sides, K=k, AXES=plan.axes, BACK=request.back, BOXES=boxes, PAIRS=sides == 2,
             FAR=0x7FF0000000000000 if wide else 0x7F800000, BLOCK=512, num_warps=4,
         )  # fmt: skip
@@ -317,20 +322,21 @@ def forward(
             accumulate[launch.programs(planes, plan.tiles(launch.TILE_ROWS) * plan.row_words)](
                 values, saved.masks, saved.heads, saved.parents, saved.block_starts, saved.counts, saved.sums, box,
                 slots, flags, plan.scale_v, planes, plan.rows, height, width, plan.row_words,
-                plan.tiles(launch.TILE_ROWS), plan.words * launch.WORD, plan.blocks, plan.bound, plan.capacity,
+                plan.tiles(launch.TILE_ROWS), plan.words * launch.WORD, plan.blocks,
+                plan.bound, plan.bound_pred, plan.capacity,
                 LOGITS=request.logits, SQUARED=own.squared, GAMMA=own.gamma, K=k, AXES=plan.axes, SIDES=sides,
                 BOXES=boxes, CENTERS=centers, PAIRS=sides == 2, ROWS=launch.TILE_ROWS, num_warps=1,
             )  # fmt: skip
         if sides == 2:
             link[launch.programs(planes, groups)](
                 saved.counts, saved.sums, saved.linked, slots, owners,
-                planes, depth, height, width, plan.bound, plan.capacity, *center_size, groups,
+                planes, depth, height, width, plan.bound, plan.bound_pred, plan.capacity, *center_size, groups,
                 K=k, AXES=plan.axes, CENTERS=centers, BLOCK=32, num_warps=1,
             )  # fmt: skip
         if sides == 2 or request.blob:
             instances[launch.programs(planes, groups)](
                 saved.counts, saved.sums, saved.linked, saved.dense, box, losses, slope, saved.nearest, owners,
-                plan.scale_v, planes, depth, height, width, plan.bound, *center_size, groups, *spacing,
+                plan.scale_v, planes, depth, height, width, plan.bound, plan.bound_pred, *center_size, groups, *spacing,
                 FORM=own.form, DICE=request.dice, SQUARED=own.squared, GAMMA=own.gamma, K=k, AXES=plan.axes,
                 SIDES=sides, OWN=request.own is not None, APART=request.apart, CENTERS=centers, BOXES=boxes, WIDE=wide,
                 BLOCK=32, OTHERS=2 if wide else 8, num_warps=1,
@@ -340,7 +346,8 @@ def forward(
         gather[launch.programs(planes, groups)](
             saved.counts, saved.sums, losses, slope, saved.nearest, owners, valid, slots, saved.owned, saved.back,
             parts, saved.dense, saved.whole, saved.omega, flags, ticket, saved.planar, saved.entries, found, total,
-            planes, request.channels, depth, height, width, plan.bound, plan.capacity, *center_size, groups,
+            planes, request.channels, depth, height, width, plan.bound, plan.bound_pred, plan.capacity,
+            *center_size, groups,
             *weights,
             SEG=seg.form, CENTER=(request.center or Loss()).form, CATEGORICAL=request.categorical,
             INVERSE=request.inverse, AVERAGE=request.average, REDUCTION=request.reduction, BY_PRED=request.by_pred,
@@ -370,7 +377,7 @@ def backward(
     result = torch.empty_like(values)
     upstream = torch.empty(planes, dtype=torch.float64, device=values.device)
     base = torch.empty(planes * BASE.value, dtype=real, device=values.device)
-    rows = torch.empty(sides * planes * plan.bound * 2 * k, dtype=real, device=values.device)
+    rows = torch.empty(plan.table_rows(sides) * 2 * k, dtype=real, device=values.device)
     groups = plan.groups(2048, triton.cdiv(plan.bound, 64)) if sides else 0
     block = 32
     grid = launch.programs(1, planes * groups + triton.cdiv(planes // request.channels, block))
@@ -378,7 +385,7 @@ def backward(
         coefficients[grid](
             to_total, to_found, saved.counts, saved.sums, saved.linked, saved.dense, saved.whole, saved.omega,
             saved.nearest, saved.owned, saved.back, saved.planar, saved.entries, upstream, base, rows,
-            plan.scale_v, planes, request.channels, plan.bound, groups, *weights,
+            plan.scale_v, planes, request.channels, plan.bound, plan.bound_pred, groups, *weights,
             TOTAL=to_total is not None, TERMS=to_found is not None,
             AVERAGE=request.average, REDUCTION=request.reduction, BY_PRED=request.by_pred,
             SEG=seg.form, SEG_SQUARED=seg.squared, CATEGORICAL=request.categorical, INVERSE=request.inverse,
@@ -392,7 +399,7 @@ def backward(
         gradient[launch.programs(planes, plan.tiles(launch.TILE_ROWS) * plan.row_words)](
             values, saved.masks, saved.heads, valid, saved.parents, saved.block_starts, base, rows, result,
             planes, plan.rows, plan.width, plan.row_words, plan.tiles(launch.TILE_ROWS),
-            plan.words * launch.WORD, plan.blocks, plan.bound,
+            plan.words * launch.WORD, plan.blocks, plan.bound, plan.bound_pred,
             LOGITS=request.logits, VALID=valid is not None, SEG=request.seg is not None, SEG_SQUARED=seg.squared,
             SEG_GAMMA=seg.gamma, POSITIVES_ONLY=request.categorical, SQUARED=own.squared, GAMMA=own.gamma,
             K=k, SIDES=sides, ROWS=launch.TILE_ROWS, num_warps=2 if wide else 1,

@@ -1,13 +1,14 @@
 """Tables of both sides: sums and boxes of every instance, and the pairs of instances that share a pixel.
 
-Rows of a side are numbered by id in their plane, `bound` rows to a plane; side 0 is the target, side 1 the prediction.
-A plane without an instance on a side has one *artificial* row 0 there, of no pixel.
+Rows of a side are numbered by id in their plane. Side 0, the target, has `bound` rows to a plane; side 1, the
+prediction, follows with `bound_pred` rows to a plane; [rows] below is both. A plane without an instance on a side has
+one *artificial* row 0 there, of no pixel.
 
-    sums   int64 [sides, planes, bound, 2 K + 1 + axes]  K features in fixed point, over the pixels that the other side
-                 does not have, then over those that it has; the numbers of these pixels, in the lower and the upper
-                 half of one word; Σ of each coordinate
-    boxes  int32 [sides, planes, bound, 2 axes]            -least and greatest coordinate of each axis
-    linked int64 [sides, planes, bound, K]  over the instances of the other side that share a pixel with the row: Σ of
+    sums   int64 [rows, 2 K + 1 + axes]  K features in fixed point, over the pixels that the other side does not have,
+                 then over those that it has; the numbers of these pixels, in the lower and the upper half of one word;
+                 Σ of each coordinate
+    boxes  int32 [rows, 2 axes]  -least and greatest coordinate of each axis
+    linked int64 [rows, K]  over the instances of the other side that share a pixel with the row: Σ of
                  their features outside of the target (target rows), or of their pixels (predicted rows, first column)
     slots  int32 or int64 [planes, capacity]  pairs as keys n M + m: at that place while all N M of them fit, else in a
                  hash; EMPTY elsewhere. A pair has a pixel of its own, so the hash never fills.
@@ -40,15 +41,21 @@ LIMIT_V = tl.constexpr(2.0**26)
 
 
 @triton.jit
-def counts_of(counts, plane, planes, bound, SIDES: tl.constexpr):
+def counts_of(counts, plane, planes, bound, bound_pred, SIDES: tl.constexpr):
     """Instances of either side of a plane, as far as the tables go; 0 on a side that is not labelled."""
     n = 0
     m = 0
     if SIDES > 0:
         n = tl.minimum(tl.load(counts + plane), bound)
     if SIDES == 2:
-        m = tl.minimum(tl.load(counts + planes.to(tl.int64) + plane), bound)
+        m = tl.minimum(tl.load(counts + planes.to(tl.int64) + plane), bound_pred)
     return n, m
+
+
+@triton.jit
+def first_row(plane, planes, bound, bound_pred, PRED: tl.constexpr):
+    """Row 0 of a plane on one side."""
+    return planes.to(tl.int64) * bound + plane * bound_pred if PRED else plane * bound
 
 
 @triton.jit
@@ -132,11 +139,15 @@ def _total(block_counts, blocks, BLOCK: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["planes", "tiles", "blocks", "bound", "capacity", "depth", "height", "width", "groups"])
+@triton.jit(
+    do_not_specialize=[
+        "planes", "tiles", "blocks", "bound", "bound_pred", "capacity", "depth", "height", "width", "groups"
+    ]
+)  # fmt: skip
 def prepare(
     partial, dense, whole, omega, block_counts, block_starts, counts, sums, boxes, linked, back, nearest, slots, flags,
     ticket,
-    planes, tiles, blocks, bound, capacity, depth, height, width, groups,
+    planes, tiles, blocks, bound, bound_pred, capacity, depth, height, width, groups,
     SIDES: tl.constexpr, K: tl.constexpr, AXES: tl.constexpr, BACK: tl.constexpr,
     BOXES: tl.constexpr, PAIRS: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -169,20 +180,20 @@ def prepare(
     if SIDES > 1:
         m = _total(block_counts + (planes + plane) * blocks, blocks, BLOCK)
     if group == 0:
-        tl.store(flags + plane, ((n > bound) | (m > bound)).to(tl.int32))
+        tl.store(flags + plane, ((n > bound) | (m > bound_pred)).to(tl.int32))
     for side in tl.static_range(SIDES):
         side_plane = side * planes.to(tl.int64) + plane
         found = n if side == 0 else m
-        entries = tl.minimum(tl.maximum(found, 1), bound).to(tl.int64)
+        entries = tl.minimum(tl.maximum(found, 1), bound if side == 0 else bound_pred).to(tl.int64)
         if group == 0:
             tl.store(counts + side_plane, found)
             start_blocks(block_counts + side_plane * blocks, block_starts + side_plane * blocks, blocks, BLOCK)
-        row = side_plane * bound
+        row = first_row(plane, planes, bound, bound_pred, side == 1)
         _clear(sums + row * W, entries * W, 0, group, groups, BLOCK)
         if PAIRS:
             _clear(linked + row * K, entries * K, 0, group, groups, BLOCK)
             if side == 1 and BACK > 0:
-                _clear(back + plane * bound * BACK, entries * BACK, 0, group, groups, BLOCK)
+                _clear(back + plane * bound_pred * BACK, entries * BACK, 0, group, groups, BLOCK)
         if BOXES:
             _clear(nearest + row, entries, FAR, group, groups, BLOCK)
             if found > 0:
@@ -194,7 +205,7 @@ def prepare(
                 box = tl.where(corner % 2 == 0, 1 - size // 2, size // 2 + 1)
                 tl.store(boxes + row * (2 * AXES) + corner, box, mask=corner < 2 * AXES)
     if PAIRS and (n > 0) & (m > 0):
-        used = slots_used(tl.minimum(n, bound), tl.minimum(m, bound), capacity)
+        used = slots_used(tl.minimum(n, bound), tl.minimum(m, bound_pred), capacity)
         _clear(slots + plane * capacity, used, EMPTY, group, groups, BLOCK)
 
 
@@ -208,13 +219,13 @@ def _fixed(total, scale, limit):
 @triton.jit(
     do_not_specialize=[
         "scale_v", "planes", "rows", "height", "width", "row_words", "row_tiles", "pixels", "blocks", "bound",
-        "capacity",
+        "bound_pred", "capacity",
     ],
     do_not_specialize_on_alignment=["values"],
 )  # fmt: skip
 def accumulate(
     values, masks, heads, parents, block_starts, counts, sums, boxes, slots, flags,
-    scale_v, planes, rows, height, width, row_words, row_tiles, pixels, blocks, bound, capacity,
+    scale_v, planes, rows, height, width, row_words, row_tiles, pixels, blocks, bound, bound_pred, capacity,
     LOGITS: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr, K: tl.constexpr, AXES: tl.constexpr,
     SIDES: tl.constexpr, BOXES: tl.constexpr, CENTERS: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -276,14 +287,18 @@ def accumulate(
                 if BOXES:
                     box = tl.where(place == 2 * axis, tl.max(tl.where(me, -at, NOWHERE)), box)
                     box = tl.where(place == 2 * axis + 1, tl.max(tl.where(me, at, NOWHERE)), box)
-            if (kt > bound) | (kq > bound) | over:
+            if (kt > bound) | (kq > bound_pred) | over:
                 tl.store(flags + plane, 1)
             if (kt > 0) & (kt <= bound):
-                _add_to_row(sums, boxes, plane * bound + kt - 1, kq > 0, columns, box, K, AXES, BOXES, CENTERS)
-            if (kq > 0) & (kq <= bound):
-                _add_to_row(sums, boxes, other * bound + kq - 1, kt > 0, columns, box, K, AXES, BOXES, CENTERS)
+                row = first_row(plane, planes, bound, bound_pred, False) + kt - 1
+                _add_to_row(sums, boxes, row, kq > 0, columns, box, K, AXES, BOXES, CENTERS)
+            if (kq > 0) & (kq <= bound_pred):
+                row = first_row(plane, planes, bound, bound_pred, True) + kq - 1
+                _add_to_row(sums, boxes, row, kt > 0, columns, box, K, AXES, BOXES, CENTERS)
                 if PAIRS and (kt > 0) & (kt <= bound):
-                    _insert_pair(slots + plane * capacity, kt, kq, n, m, bound, capacity)
+                    _insert_pair(
+                        slots + plane * capacity, kt, kq, tl.minimum(n, bound), tl.minimum(m, bound_pred), capacity
+                    )
             key = tl.where(me, 0, key)
             here = tl.max(key)
 
@@ -304,11 +319,10 @@ def _add_to_row(
 
 
 @triton.jit
-def _insert_pair(slots, kt, kq, n, m, bound, capacity):
+def _insert_pair(slots, kt, kq, n, m, capacity):
     """Remember that instances with ids kt and kq share a pixel."""
-    m = tl.minimum(m, bound)
     key = (kt - 1).to(tl.int64) * m + kq - 1
-    if tl.minimum(n, bound).to(tl.int64) * m <= capacity:
+    if n.to(tl.int64) * m <= capacity:
         tl.store(slots + key, key)
     else:
         insert(slots, key, capacity)
@@ -321,6 +335,7 @@ def _insert_pair(slots, kt, kq, n, m, bound, capacity):
         "height",
         "width",
         "bound",
+        "bound_pred",
         "capacity",
         "size_z",
         "size_y",
@@ -330,24 +345,22 @@ def _insert_pair(slots, kt, kq, n, m, bound, capacity):
 )
 def link(
     counts, sums, linked, slots, owners,
-    planes, depth, height, width, bound, capacity, size_z, size_y, size_x, groups,
+    planes, depth, height, width, bound, bound_pred, capacity, size_z, size_y, size_x, groups,
     K: tl.constexpr, AXES: tl.constexpr, CENTERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over the partners of every row; and no owner for any pixel that a centre box will cover."""
     program = tl.program_id(0)
     plane = (program // groups).to(tl.int64)
     group = program % groups
-    n, m = counts_of(counts, plane, planes, bound, 2)
+    n, m = counts_of(counts, plane, planes, bound, bound_pred, 2)
     W: tl.constexpr = 2 * K + 1 + AXES
-    pred = planes.to(tl.int64) + plane
-
     used = slots_used(n, m, capacity)
     first = group.to(tl.int64) * BLOCK
     while first < used:
         at = first + tl.arange(0, BLOCK)
         there, row_t, row_q = pair_at(slots + plane * capacity, at, n, m, at < used)
-        row_t = plane * bound + row_t
-        row_q = pred * bound + row_q
+        row_t += first_row(plane, planes, bound, bound_pred, False)
+        row_q += first_row(plane, planes, bound, bound_pred, True)
         for k in tl.static_range(K):
             outside = tl.load(sums + row_q * W + k, mask=there, other=0)
             tl.atomic_add(linked + row_t * K + k, outside, mask=there, sem="relaxed")
@@ -357,12 +370,13 @@ def link(
     if CENTERS:
         for side in tl.static_range(2):
             entries = n if side == 0 else m
-            side_plane = side * planes.to(tl.int64) + plane
-            first_row = group * BLOCK
-            while first_row < entries:
-                row = first_row + tl.arange(0, BLOCK)
+            first = group * BLOCK
+            while first < entries:
+                row = first + tl.arange(0, BLOCK)
                 inside = row < entries
-                cz, cy, cx = center_of(sums + (side_plane * bound + row) * W, inside, K, AXES)
+                cz, cy, cx = center_of(
+                    sums + (first_row(plane, planes, bound, bound_pred, side == 1) + row) * W, inside, K, AXES
+                )
                 cell = 0
                 while cell < size_z * size_y * size_x:
                     at, covered = box_pixel(cz, cy, cx, cell, depth, height, width, size_z, size_y, size_x)
@@ -372,7 +386,7 @@ def link(
                         pixels = planes.to(tl.int64) * depth * height * width
                         tl.store(owners + pixels + at, UNDRAWN, mask=inside & covered)
                     cell += 1
-                first_row += groups * BLOCK
+                first += groups * BLOCK
 
 
 @triton.jit

@@ -3,16 +3,15 @@
 Sums come as integers, are worked on in float64, and are added up in a fixed order or in fixed point. In between, what
 belongs to a row is kept in float32 (float64 for float64 input).
 
-    losses  float [sides, planes, bound]     L of Eqs. 2 and 3 (blob loss: of each ground-truth instance)
-    slopes  float [planes, bound, OWN + APART]  of target rows: ∂L/∂Σ P^k, and the same of the false rate's Dice if
-                                               that is another loss
-    nearest int32 or int64 [sides, planes, bound]  least Distance-IoU loss to the other side, as the bits of a float
-    owners  int32 [sides, planes, pixels]      smallest row whose centre box covers the pixel; written only under boxes
-    owned   int32 [planes, bound, 2]           pixels of predicted centre boxes outside and inside the true ones
-    back    int64 [planes, bound, BACK]        of predicted rows: sums over the partners, for the gradient: of the
-                                               slopes, of D·∂L/∂Σ P^k and, if the loss is pointwise, of 1 and of D
-    parts   float64 [planes, groups, PARTS]    this group's share of the sums over the instances of a plane
-    planar  float64 [planes, PARTS]            the sums, for the gradient
+    losses  float [rows]                     L of Eqs. 2 and 3 (blob loss: of each ground-truth instance)
+    slopes  float [target rows, OWN + APART] ∂L/∂Σ P^k, and the same of the false rate's Dice if that is another loss
+    nearest int32 or int64 [rows]            least Distance-IoU loss to the other side, as the bits of a float
+    owners  int32 [sides, planes, pixels]    smallest row whose centre box covers the pixel; written only under boxes
+    owned   int32 [predicted rows, 2]        pixels of centre boxes outside and inside the true ones
+    back    int64 [predicted rows, BACK]     sums over the partners, for the gradient: of the slopes, of
+                                             D·∂L/∂Σ P^k and, if the loss is pointwise, of 1 and of D
+    parts   float64 [planes, groups, PARTS]  this group's share of the sums over the instances of a plane
+    planar  float64 [planes, PARTS]          the sums, for the gradient
 """
 
 # Compile-time parameters are annotated tl.constexpr and take Python values; launch options are no parameters.
@@ -25,7 +24,7 @@ import triton.language as tl
 from .losses import MISSED as MISSED_COST
 from .losses import channel_value, form_slopes, form_value, joint_sums
 from .pack import COLUMNS
-from .tables import FIXED_P, UNDRAWN, area_of, areas_of, box_pixel, center_of, counts_of, pair_at, slots_used
+from .tables import FIXED_P, UNDRAWN, area_of, areas_of, box_pixel, center_of, counts_of, first_row, pair_at, slots_used
 
 FINE = tl.constexpr(2.0**60)
 COARSE = tl.constexpr(2.0**20)
@@ -138,13 +137,14 @@ def distance_iou(
 
 @triton.jit(
     do_not_specialize=[
-        "scale_v", "planes", "depth", "height", "width", "bound", "size_z", "size_y", "size_x", "groups",
+        "scale_v", "planes", "depth", "height", "width", "bound", "bound_pred", "size_z", "size_y", "size_x", "groups",
         "spacing_z", "spacing_y", "spacing_x",
     ]
 )  # fmt: skip
 def instances(
     counts, sums, linked, dense, boxes, losses, slopes, nearest, owners,
-    scale_v, planes, depth, height, width, bound, size_z, size_y, size_x, groups, spacing_z, spacing_y, spacing_x,
+    scale_v, planes, depth, height, width, bound, bound_pred, size_z, size_y, size_x, groups,
+    spacing_z, spacing_y, spacing_x,
     FORM: tl.constexpr, DICE: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr, K: tl.constexpr,
     AXES: tl.constexpr, SIDES: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr, CENTERS: tl.constexpr,
     BOXES: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
@@ -156,7 +156,7 @@ def instances(
     program = tl.program_id(0)
     plane = (program // groups).to(tl.int64)
     group = program % groups
-    n, m = counts_of(counts, plane, planes, bound, SIDES)
+    n, m = counts_of(counts, plane, planes, bound, bound_pred, SIDES)
     dense += plane * COLUMNS
     omega = tl.load(dense + 4)
 
@@ -168,7 +168,7 @@ def instances(
         while first < entries:
             local = first + tl.arange(0, BLOCK)
             inside = local < entries
-            row = side_plane * bound + local
+            row = first_row(plane, planes, bound, bound_pred, side == 1) + local
             if OWN or (APART and side == 0):
                 hit, total, power, number, v = row_sums(
                     sums, linked, dense, row, inside, scale_v, side == 0, SIDES == 1, SQUARED, GAMMA, K, AXES
@@ -200,7 +200,7 @@ def instances(
         tile = group.to(tl.int64)
         while tile < tl.cdiv(n, BLOCK).to(tl.int64) * across:
             local = (tile % across).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)[:, None]
-            pred = (planes.to(tl.int64) + plane) * bound + local
+            pred = first_row(plane, planes, bound, bound_pred, True) + local
             here = local < m
             least = tl.full([BLOCK], float("inf"), tl.float64 if WIDE else tl.float32)
             first = (tile // across).to(tl.int32) * BLOCK
@@ -208,12 +208,13 @@ def instances(
             while first < last:
                 other = first + tl.arange(0, OTHERS)[None, :]
                 both = here & (other < n)
+                row = first_row(plane, planes, bound, bound_pred, False) + other
                 distance = distance_iou(
-                    boxes, pred, here, plane * bound + other, other < n, spacing_z, spacing_y, spacing_x, AXES, WIDE
+                    boxes, pred, here, row, other < n, spacing_z, spacing_y, spacing_x, AXES, WIDE
                 )  # fmt: skip
                 distance = tl.where(both, distance, float("inf"))
                 least = tl.minimum(least, tl.min(distance, axis=1))
-                _keep_least(nearest + plane * bound + other, tl.min(distance, axis=0, keep_dims=True), other < n)
+                _keep_least(nearest + row, tl.min(distance, axis=0, keep_dims=True), other < n)
                 first += OTHERS
             _keep_least(nearest + pred, tl.expand_dims(least, 1), here)
             tile += groups
@@ -281,14 +282,15 @@ def _pixels_owned(
 
 @triton.jit(
     do_not_specialize=[
-        "planes", "channels", "depth", "height", "width", "bound", "capacity", "size_z", "size_y", "size_x", "groups",
+        "planes", "channels", "depth", "height", "width", "bound", "bound_pred", "capacity",
+        "size_z", "size_y", "size_x", "groups",
         "seg", "instance_gt", "instance_pred", "center", "false_gt", "false_pred", "proximity",
     ]
 )  # fmt: skip
 def gather(
     counts, sums, losses, slopes, nearest, owners, valid, slots, owned, back, parts,
     dense, whole, omega, flags, ticket, planar, entries, found, total,
-    planes, channels, depth, height, width, bound, capacity, size_z, size_y, size_x, groups,
+    planes, channels, depth, height, width, bound, bound_pred, capacity, size_z, size_y, size_x, groups,
     seg, instance_gt, instance_pred, center, false_gt, false_pred, proximity,
     SEG: tl.constexpr, CENTER: tl.constexpr, CATEGORICAL: tl.constexpr, INVERSE: tl.constexpr,
     AVERAGE: tl.constexpr, REDUCTION: tl.constexpr, BY_PRED: tl.constexpr,
@@ -303,7 +305,7 @@ def gather(
     program = tl.program_id(0)
     plane = (program // groups).to(tl.int64)
     group = program % groups
-    n, m = counts_of(counts, plane, planes, bound, SIDES)
+    n, m = counts_of(counts, plane, planes, bound, bound_pred, SIDES)
     pixels = depth.to(tl.int64) * height * width
     if VALID:
         valid += plane * pixels
@@ -318,7 +320,7 @@ def gather(
             local = first + tl.arange(0, BLOCK)
             inside = local < listed
             real = local < count
-            row = side_plane * bound + local
+            row = first_row(plane, planes, bound, bound_pred, side == 1) + local
             _, shared = areas_of(sums + row * W, real, K)
             columns = _column(columns, MISSED + side, real & (shared == 0))
             if OWN:
@@ -341,8 +343,8 @@ def gather(
                 else:
                     columns = _column(columns, HIT, hit)
                     columns = _column(columns, STRAY, drawn - hit)
-                    tl.store(owned + (plane * bound + local) * 2, drawn - hit, mask=real)
-                    tl.store(owned + (plane * bound + local) * 2 + 1, hit, mask=real)
+                    tl.store(owned + (plane * bound_pred + local) * 2, drawn - hit, mask=real)
+                    tl.store(owned + (plane * bound_pred + local) * 2 + 1, hit, mask=real)
             first += groups * BLOCK
     tl.store(parts + program.to(tl.int64) * PARTS + tl.arange(0, PARTS), columns)
 
@@ -352,8 +354,8 @@ def gather(
         while first_slot < used:
             at = first_slot + tl.arange(0, BLOCK)
             there, row_t, row_q = pair_at(slots + plane * capacity, at, n, m, at < used)
-            row_t = plane * bound + row_t
-            to = back + (plane * bound + row_q) * BACK
+            row_t += first_row(plane, planes, bound, bound_pred, False)
+            to = back + (plane * bound_pred + row_q) * BACK
             KEPT: tl.constexpr = OWN + APART
             for i in tl.static_range(KEPT):
                 slope = tl.load(slopes + row_t * KEPT + i, mask=there, other=0.0)
@@ -373,7 +375,8 @@ def gather(
     if tl.atomic_add(ticket, 1, sem="acq_rel") == planes * groups - 1:
         tl.debug_barrier()
         _finish(
-            counts, parts, dense, whole, omega, flags, planar, entries, found, total, planes, channels, bound, groups,
+            counts, parts, dense, whole, omega, flags, planar, entries, found, total,
+            planes, channels, bound, bound_pred, groups,
             seg, instance_gt, instance_pred, center, false_gt, false_pred, proximity,
             SEG, CENTER, CATEGORICAL, INVERSE, AVERAGE, REDUCTION, BY_PRED, SIDES, OWN, BOXES, CENTERS, BLOCK,
         )  # fmt: skip
@@ -414,7 +417,8 @@ def _put(found, term, plane, planes, values, inside, result, REDUCTION: tl.const
 
 @triton.jit
 def _finish(
-    counts, parts, dense, whole, omega, flags, planar, entries, found, total, planes, channels, bound, groups,
+    counts, parts, dense, whole, omega, flags, planar, entries, found, total,
+    planes, channels, bound, bound_pred, groups,
     seg, instance_gt, instance_pred, center, false_gt, false_pred, proximity,
     SEG: tl.constexpr, CENTER: tl.constexpr, CATEGORICAL: tl.constexpr, INVERSE: tl.constexpr,
     AVERAGE: tl.constexpr, REDUCTION: tl.constexpr, BY_PRED: tl.constexpr,
@@ -451,7 +455,7 @@ def _finish(
                 if OWN:
                     result = _put(found, 1, plane, planes, _pick(columns, SUM_GT) / rows_gt, inside, result, REDUCTION)
             else:
-                m = tl.minimum(tl.load(counts + planes + plane, mask=inside, other=0), bound).to(tl.float64)
+                m = tl.minimum(tl.load(counts + planes + plane, mask=inside, other=0), bound_pred).to(tl.float64)
                 rows_gt = tl.maximum(n, 1.0)
                 rows_pred = tl.maximum(m, 1.0)
                 if OWN:
