@@ -411,3 +411,44 @@ def test_no_second_derivative() -> None:
     (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="have no second derivative; detach the gradient"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dyadic", [False, True])
+def test_error_of_the_sums(arguments: list[tuple[Any, ...]], dyadic: bool) -> None:
+    """Fixed point against float64: half a unit for each tile beside float32's rounding, none where nothing is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand((1, 1, 24, 96), generator=generator)
+    p = (p * 64).floor() / 64 if dyadic else p * 1e-4
+    target = torch.zeros_like(p)
+    target[..., :11, :70] = target[..., 13:, 3:] = target[..., 12, 40] = 1
+    with fastinstance.use_backend("triton"):
+        functional.instance_terms(p, target, instance_loss="gdf", threshold=0.99)
+    labels, counts = fastinstance.label(target)
+    assert int(counts) == 2
+    exact = torch.bincount(labels.flatten(), p.flatten().double())[1:]
+    _, _, *saved = fused.terms_op(*arguments[0])
+    rows = saved[5].view(-1, 7)[:2].double()  # two features alone, two shared, areas, two coordinates
+    off = ((rows[:, 0] + rows[:, 2]) / 2.0**32 - exact).abs()
+    tiles = 9  # of 8 rows of 32 pixels
+    assert (off <= (0 if dyadic else tiles * 2.0**-33 + 8 * 2.0**-24 * exact)).all()
+
+
+def test_compiled_model() -> None:
+    """A model and its loss are one graph, in value and gradient what they are without a compiler."""
+    input, target = images(2, 1, 9, 20, dtype=torch.float32)
+    loss = fastinstance.InstanceLoss(**dict.fromkeys(functional.InstanceTerms._fields, 0.5), sigmoid=True)
+    model = torch.nn.Conv2d(1, 1, 3, padding=1)
+
+    def step(input: Tensor, target: Tensor) -> Tensor:
+        return loss(model(input), target)
+
+    results = []
+    with fastinstance.use_backend("triton"):
+        for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+            model.zero_grad()
+            value = run(input, target)
+            value.backward()
+            assert model.weight.grad is not None
+            results.append((value.detach(), model.weight.grad.clone()))
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected)
