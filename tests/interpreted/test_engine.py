@@ -415,7 +415,7 @@ def test_no_second_derivative() -> None:
 
 @pytest.mark.parametrize("dyadic", [False, True])
 def test_error_of_the_sums(arguments: list[tuple[Any, ...]], dyadic: bool) -> None:
-    """Fixed point against float64: half a unit for each tile beside float32's rounding, none where nothing is rounded."""
+    """Against float64: half a unit for each tile beside float32's rounding; none where nothing is rounded."""
     generator = torch.Generator().manual_seed(0)
     p = torch.rand((1, 1, 24, 96), generator=generator)
     p = (p * 64).floor() / 64 if dyadic else p * 1e-4
