@@ -11,6 +11,7 @@ from .functional import BlobTerms, InstanceTerms, label
 from .graphs import make_graphed
 from .losses import (
     BlobLoss,
+    DetectionLoss,
     DiceCELoss,
     DiceLoss,
     FalseLoss,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlobLoss",
     "BlobTerms",
+    "DetectionLoss",
     "DiceCELoss",
     "DiceLoss",
     "FalseLoss",

@@ -32,7 +32,7 @@ from .components import foreground, label_planes
 from .fused import fused_terms
 from .ops import DenseSums, InstanceSums, instance_sums
 from .partition import Partition, partition
-from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums, resolve
+from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums, check_not_negative, resolve
 from .planes import Planes, activate, to_planes
 from .terms import BlobTerms, InstanceTerms
 
@@ -58,6 +58,11 @@ class Settings:
     min_size: int = 0
     spacing: float | Sequence[float] | None = None
     pred_normalizer: str = "pred"
+    missed: str = "none"
+    missed_weight: float = 0.3
+    mask_target: bool = True
+    proximity_reduction: str = "squared"
+    weight_by: str | Callable[[Tensor], Tensor] = "count"
     reduction: str = "mean"
     max_instances: int | None = None
 
@@ -66,6 +71,11 @@ class Settings:
         check_choice("average", self.average, ("instance", "image"))
         check_choice("pred_normalizer", self.pred_normalizer, ("pred", "gt"))
         check_choice("reduction", self.reduction, ("mean", "sum", "none"))
+        check_choice("missed", self.missed, ("none", "soft"))
+        check_not_negative(missed_weight=self.missed_weight)
+        check_choice("proximity_reduction", self.proximity_reduction, ("squared", "sum"))
+        if not callable(self.weight_by):
+            check_choice("weight_by", self.weight_by, ("count", "size"))
         check_threshold(self.threshold)
         check_size("min_size", self.min_size)
         check_max_instances(self.max_instances)
@@ -325,6 +335,11 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor]
     return found, total
 
 
+def _on_kernels(settings: Settings, input: Tensor) -> bool:
+    """Whether the kernels do the work: not with weights of the user's own, which they cannot call."""
+    return isinstance(input, Tensor) and not callable(settings.weight_by) and backend_for(input) == "triton"
+
+
 def weighted_sum(
     settings: Settings,
     weights: Mapping[str, float],
@@ -334,7 +349,7 @@ def weighted_sum(
     valid_mask: Tensor | None = None,
 ) -> Tensor:
     """Sum of weight · term over the named terms, of `InstanceTerms` or ("seg", "blob") of `BlobTerms`."""
-    if isinstance(input, Tensor) and backend_for(input) == "triton":
+    if _on_kernels(settings, input):
         call = _Call(settings, input, target, target_labels, valid_mask)
         return _fused(call, weights)[1]
     images = input, target, target_labels, valid_mask
@@ -353,17 +368,20 @@ def evaluate(
     valid_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The wanted terms of `InstanceTerms` by name; what nobody wants is not computed."""
-    if isinstance(input, Tensor) and backend_for(input) == "triton":
+    if _on_kernels(settings, input):
         return _fused(_Call(settings, input, target, target_labels, valid_mask), dict.fromkeys(wanted, 0.0))[0]
     scene = _Scene(settings, input, target, target_labels, valid_mask)
     planes, loss = scene.planes, settings.instance
     by_instance = any(name != "seg" for name in wanted)
     weighted = "seg" in wanted and isinstance(settings.pixel, InverseWeightedDice)
+    soft = settings.missed == "soft" and not {"false_gt", "false_pred"}.isdisjoint(wanted)
     part = scene.partition(predicted=by_instance) if by_instance or weighted else None
     request, tables, areas = None, [], []
     if part is not None:
         tables = list(_rows(part)) if by_instance else []
         areas = [_by_instance(torch.bincount(rows, minlength=n).double()) for rows, n in tables]
+        if soft:  # a largest probability is a sum over one pixel
+            tables.append((part.missed_peaks(planes.values.detach()), part.target.real + 1))
         if weighted:
             tables.append((part.raw_target.label, part.raw_target.real + 1))
         own = not {"instance_gt", "instance_pred", "proximity"}.isdisjoint(wanted)
@@ -385,22 +403,28 @@ def evaluate(
 
     features = tm.Features(_by_instance(tables[0]), _by_instance(tables[1]), *areas)
     truth, pred = part.target, part.pred
+    weight_gt, weight_pred = (tm.instance_weights(side, settings.weight_by) for side in (truth, pred))
     if not {"instance_gt", "instance_pred", "proximity"}.isdisjoint(wanted):
-        loss_gt, loss_pred = tm.instance_entries(part, features, planes.omega, loss)
+        loss_gt, loss_pred = tm.instance_entries(part, features, planes.omega, loss, mask_target=settings.mask_target)
         loss_gt, loss_pred = scene.spoil(loss_gt, truth.plane), scene.spoil(loss_pred, pred.plane)
         how = {"average": settings.average, "reduction": settings.reduction}
         if "instance_gt" in wanted:
-            result["instance_gt"] = scene.finish(tm.average(loss_gt, truth, truth.entries, **how))
+            entries = tm.plane_sum(weight_gt, truth)
+            result["instance_gt"] = scene.finish(tm.average(weight_gt * loss_gt, truth, entries, **how))
         if "instance_pred" in wanted:
-            entries = pred.entries if settings.pred_normalizer == "pred" else truth.entries
-            result["instance_pred"] = scene.finish(tm.average(loss_pred, pred, entries, **how))
+            by_pred = settings.pred_normalizer == "pred"
+            entries = tm.plane_sum(weight_pred, pred) if by_pred else tm.plane_sum(weight_gt, truth)
+            result["instance_pred"] = scene.finish(tm.average(weight_pred * loss_pred, pred, entries, **how))
         if "proximity" in wanted:
-            result["proximity"] = scene.reduce(tm.proximity(part, loss_gt, loss_pred, scene.spacing))
+            squared = settings.proximity_reduction == "squared"
+            result["proximity"] = scene.reduce(tm.proximity(part, loss_gt, loss_pred, scene.spacing, squared=squared))
     if "center" in wanted:
         sums = tm.center_sums(part, features, planes.valid, scene.center_size, settings.center)
         result["center"] = scene.reduce(scene.spoil(settings.center.reduce(sums, planes.omega)))
     if not {"false_gt", "false_pred"}.isdisjoint(wanted):
-        for name, rate in zip(("false_gt", "false_pred"), tm.false_rates(part, features), strict=True):
+        soft_alone = tm.soft_alone(part, features, tables[2][1:, 0], settings.missed_weight) if soft else None
+        rates = tm.false_rates(part, features, (weight_gt, weight_pred), soft_alone)
+        for name, rate in zip(("false_gt", "false_pred"), rates, strict=True):
             result[name] = scene.reduce(scene.spoil(rate))
     return result
 
@@ -424,6 +448,11 @@ def instance_terms(
     min_size: int = 0,
     spacing: float | Sequence[float] | None = None,
     pred_normalizer: str = "pred",
+    missed: str = "none",
+    missed_weight: float = 0.3,
+    mask_target: bool = True,
+    proximity_reduction: str = "squared",
+    weight_by: str | Callable[[Tensor], Tensor] = "count",
     reduction: str = "mean",
     max_instances: int | None = None,
     target_labels: Tensor | None = None,
@@ -453,6 +482,19 @@ def instance_terms(
         spacing: size of a pixel, for all or each axis, for the boxes of `proximity`; the unit cancels.
         pred_normalizer: "pred" averages `instance_pred` over predicted instances; "gt" divides the sum by the number of
             ground-truth instances, as Eq. 3 is printed.
+        missed: "soft" gives the false rates a derivative where theirs vanishes: to `false_gt` it adds `missed_weight` ·
+            (1 - the largest probability in the instance) for each missed instance, to `false_pred` `missed_weight` ·
+            (the mean probability of the component) for each false one, averaged as the rate. The derivative of the
+            largest is that of its first pixel in raster order.
+        missed_weight: see `missed`.
+        mask_target: False keeps, in `instance_gt` and through it in `proximity`, the probabilities below `threshold`
+            inside of the ground-truth instance, which Eq. 2 masks out, so that what is missing of it is pulled up.
+        proximity_reduction: "squared", (S_P - S_GT)² as Eq. 8 is printed, or "sum", S_P + S_GT, which grows with every
+            false positive and never rewards a worse instance.
+        weight_by: what an instance counts in the means of `instance_gt`, `instance_pred` and the false rates: "count",
+            1; "size", its pixels; or a function, element by element, from sizes `[K]` (float64 pixels, all instances of
+            a side) to weights `[K]` >= 0, of which only ratios matter. The entry of an empty side has the size 1.
+            With a function, CUDA tensors take the torch path.
         reduction: "mean"; "none" for values per plane `[B, C]`; "sum" for their sum.
         max_instances: limit on the instances of a plane on either side, which makes the kernels' tables smaller; None
             has room for the most that there can be. Beyond it the terms are NaN, and the next call says so in a
@@ -487,6 +529,11 @@ def instance_terms(
         min_size=min_size,
         spacing=spacing,
         pred_normalizer=pred_normalizer,
+        missed=missed,
+        missed_weight=missed_weight,
+        mask_target=mask_target,
+        proximity_reduction=proximity_reduction,
+        weight_by=weight_by,
         reduction=reduction,
         max_instances=max_instances,
     )
@@ -533,7 +580,7 @@ def evaluate_blob(
     target_labels: Tensor | None = None,
     valid_mask: Tensor | None = None,
 ) -> BlobTerms:
-    if isinstance(input, Tensor) and backend_for(input) == "triton":
+    if _on_kernels(settings, input):
         call = _Call(settings, input, target, target_labels, valid_mask)
         return BlobTerms(**_fused(call, {"seg": 0.0, "blob": 0.0})[0])
     scene = _Scene(settings, input, target, target_labels, valid_mask)

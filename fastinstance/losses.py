@@ -24,6 +24,7 @@ from .pixel import (
 
 __all__ = [
     "BlobLoss",
+    "DetectionLoss",
     "DiceCELoss",
     "DiceLoss",
     "FalseLoss",
@@ -68,6 +69,11 @@ class InstanceOptions(BlobOptions, total=False):
     center_size: int | Sequence[int]
     spacing: float | Sequence[float] | None
     pred_normalizer: str
+    missed: str
+    missed_weight: float
+    mask_target: bool
+    proximity_reduction: str
+    weight_by: str | Callable[[Tensor], Tensor]
 
 
 def _check_weights(weights: Mapping[str, float]) -> None:
@@ -285,6 +291,25 @@ class FalseLoss(InstanceLoss):
         false_pred: float = 1.0,
         **options: Unpack[InstanceOptions],
     ) -> None:
+        super().__init__(seg=seg, false_gt=false_gt, false_pred=false_pred, **options)
+
+
+class DetectionLoss(FalseLoss):
+    """`FalseLoss` with `missed="soft"`: the loss for finding lesions, and the one to begin with.
+
+    Named for its purpose. `FalseLoss` moves the instances that are found; the soft terms also raise the most likely
+    pixel of each missed instance and lower each false component, so that every error of detection has a gradient.
+    """
+
+    def __init__(
+        self,
+        *,
+        seg: float = 1.0,
+        false_gt: float = 1.0,
+        false_pred: float = 1.0,
+        **options: Unpack[InstanceOptions],
+    ) -> None:
+        options.setdefault("missed", "soft")
         super().__init__(seg=seg, false_gt=false_gt, false_pred=false_pred, **options)
 
 

@@ -91,6 +91,25 @@ class Partition:
             lower[side.real :, axis], upper[side.real :, axis] = length // 2 - 1, length // 2 + 2
         return lower, upper
 
+    def missed_peaks(self, values: Tensor) -> Tensor:
+        """[F] int64, row + 1 of each missed ground-truth instance at its pixel of the largest value, else 0.
+
+        Args:
+            values: `[planes, P]` that grow with the probability. Of equal ones the first in raster order counts.
+        """
+        row = self.target.label
+        found = torch.zeros(self.target.real + 1, dtype=torch.bool, device=row.device)
+        found[self.pairs[0] + 1] = True
+        (place,) = torch.where((row > 0) & ~found[row])
+        row = row[place]
+        value = values.reshape(-1)[self.pixels[place]]
+        largest = value.new_full((len(found),), -math.inf).scatter_reduce_(0, row, value, "amax")
+        first = place.new_full((len(found),), len(self.pixels))  # beyond the list: found instances have none
+        first.scatter_reduce_(0, row, torch.where(value == largest[row], place, len(self.pixels)), "amin")
+        peaks = self.pixels.new_zeros(len(self.pixels) + 1)
+        peaks[first] = torch.arange(len(found), device=row.device)
+        return peaks[:-1]
+
     def centroids(self, side: Side) -> Tensor:
         """Pixel nearest to the centroid, floor((2Σx + n) / 2n) in integers; int64 [K, axes]."""
         sums = [

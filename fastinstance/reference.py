@@ -29,6 +29,8 @@ SMOOTH = 1e-5  # smoothing of numerators and denominators
 Average: TypeAlias = Literal["instance", "image"]
 Normalizer: TypeAlias = Literal["pred", "gt"]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
+# What an instance counts in a mean: 1, its size, or a function of a tensor of sizes.
+WeightBy: TypeAlias = Literal["count", "size"] | Callable[[Tensor], Tensor]
 # A pixel loss: a name, a name with options, or any callable `(P, G) -> scalar` on images `[1, 1, *S]`.
 Loss: TypeAlias = str | tuple[str, Mapping[str, Any]] | Callable[[Tensor, Tensor], Tensor]
 
@@ -310,17 +312,20 @@ def instance_loss_gt(
     t: Tensor,
     q: Tensor,
     loss: Callable[[Image, Tensor], Tensor],
+    mask_target: bool = True,
 ) -> list[Tensor]:
     """Eq. 2: L_GT(n) for every ground-truth instance n.
 
     P keeps the predicted instances in A(n), without their pixels in other ground-truth instances; G is n.
+    Without `mask_target` it also keeps what lies below the threshold inside of n.
     Without ground truth, the one entry has P = all predicted instances and an empty G.
     """
     entries = []
     for n in ids_in(t):
         touching = pixels_of(q, ids_in(q[t == n]))
         other_instances = (t > 0) & (t != n)
-        P = image.only(touching & ~other_instances)
+        kept = touching & ~other_instances
+        P = image.only(kept if mask_target else kept | (t == n) & (q == 0))
         entries.append(loss(P, t == n) + image.zero())
     return entries or [loss(image.only(q > 0), t > 0) + image.zero()]
 
@@ -378,24 +383,70 @@ def center_loss(
     return loss(P, map_gt & image.valid) + image.zero()
 
 
-def false_rate_gt(image: Image, t: Tensor, q: Tensor) -> Tensor:
-    """Eq. 5: missed ground-truth instances / N, with the gradient of the mean of the Dice losses of Eq. 2."""
+def instance_weight(size: int, weight_by: WeightBy) -> float:
+    """What an instance of `size` pixels counts in a mean; the entry of an empty side has one pixel."""
+    if callable(weight_by):
+        return float(weight_by(torch.tensor([float(size)], dtype=torch.float64)))
+    return float(size) if weight_by == "size" else 1.0
+
+
+def weights_of(labels: Tensor, weight_by: WeightBy) -> list[float]:
+    """The weight of every instance of `labels` `[*S]`, or of the one entry of an empty side."""
+    sizes = [int((labels == k).sum()) for k in ids_in(labels)] or [1]
+    return [instance_weight(size, weight_by) for size in sizes]
+
+
+def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ w·v / Σ w, 0 where all weights are."""
+    total = sum(weights)
+    return torch.stack([w * v for w, v in zip(weights, values, strict=True)]).sum() / (total if total > 0 else 1)
+
+
+def largest(p: Tensor) -> Tensor:
+    """The largest entry of `p` `[pixels]`; of equal ones, the first."""
+    return next((value for value in p if (value >= p).all()), p[0])  # p[0] is NaN if nothing is largest
+
+
+def false_rate_gt(
+    image: Image, t: Tensor, q: Tensor, missed_weight: float = 0.0, weight_by: WeightBy = "count"
+) -> Tensor:
+    """Eq. 5: missed ground-truth instances / N, with the gradient of the mean of the Dice losses of Eq. 2.
+
+    A missed instance counts 1 + missed_weight · (1 - its largest probability).
+    """
     instances = ids_in(t)
     if not instances:
         return image.zero()
-    missed = [n for n in instances if not ids_in(q[t == n])]
-    mean_dice = torch.stack(instance_loss_gt(image, t, q, pixel_loss("dice"))).mean()
-    return len(missed) / len(instances) + (mean_dice - mean_dice.detach())
+    values = []
+    for n, dice_loss in zip(instances, instance_loss_gt(image, t, q, pixel_loss("dice")), strict=True):
+        value = dice_loss - dice_loss.detach()
+        if not ids_in(q[t == n]):
+            value = value + 1
+            if missed_weight:
+                value = value + missed_weight * (1 - largest(image.p[t == n]))
+        values.append(value)
+    return weighted_mean(values, weights_of(t, weight_by))
 
 
-def false_rate_pred(image: Image, t: Tensor, q: Tensor) -> Tensor:
-    """Eq. 6: false predicted instances / M, with the gradient of the mean of the Dice losses of Eq. 3."""
+def false_rate_pred(
+    image: Image, t: Tensor, q: Tensor, missed_weight: float = 0.0, weight_by: WeightBy = "count"
+) -> Tensor:
+    """Eq. 6: false predicted instances / M, with the gradient of the mean of the Dice losses of Eq. 3.
+
+    A false instance counts 1 + missed_weight · (its mean probability).
+    """
     instances = ids_in(q)
     if not instances:
         return image.zero()
-    false = [m for m in instances if not ids_in(t[q == m])]
-    mean_dice = torch.stack(instance_loss_pred(image, t, q, pixel_loss("dice"))).mean()
-    return len(false) / len(instances) + (mean_dice - mean_dice.detach())
+    values = []
+    for m, dice_loss in zip(instances, instance_loss_pred(image, t, q, pixel_loss("dice")), strict=True):
+        value = dice_loss - dice_loss.detach()
+        if not ids_in(t[q == m]):
+            value = value + 1
+            if missed_weight:
+                value = value + missed_weight * image.p[q == m].mean()
+        values.append(value)
+    return weighted_mean(values, weights_of(q, weight_by))
 
 
 @dataclass(frozen=True)
@@ -455,11 +506,12 @@ def proximity_loss(
     losses_gt: Sequence[Tensor],
     losses_pred: Sequence[Tensor],
     spacing: Sequence[float],
+    reduction: Literal["squared", "sum"] = "squared",
 ) -> Tensor:
     """Eqs. 9 and 10: (S_P - S_GT)², sums of losses weighted by the distance to the nearest of the other side.
 
-    `losses_gt` and `losses_pred` are the entries of Eqs. 2 and 3. The entry of an empty side sits in its
-    artificial box; a plane without any instance has no distance to measure.
+    With `reduction="sum"` it is S_P + S_GT. `losses_gt` and `losses_pred` are the entries of Eqs. 2 and 3. The
+    entry of an empty side sits in its artificial box; a plane without any instance has no distance to measure.
     """
     boxes_gt = [tight_box(t == n, spacing) for n in ids_in(t)]
     boxes_pred = [tight_box(q == m, spacing) for m in ids_in(q)]
@@ -472,7 +524,7 @@ def proximity_loss(
         sum_gt = sum_gt + min(distance_iou_loss(box, other) for other in boxes_pred) * entry
     for box, entry in zip(boxes_pred, losses_pred, strict=True):
         sum_pred = sum_pred + min(distance_iou_loss(other, box) for other in boxes_gt) * entry
-    return (sum_pred - sum_gt) ** 2
+    return sum_pred + sum_gt if reduction == "sum" else (sum_pred - sum_gt) ** 2
 
 
 def blob_loss(image: Image, t: Tensor, loss: Callable[[Image, Tensor], Tensor]) -> list[Tensor]:
@@ -579,18 +631,26 @@ def reduce_planes(values: list[list[Tensor]], reduction: Reduction) -> Tensor:
 
 def reduce_entries(
     entries: list[list[list[Tensor]]],
-    counts: list[list[int]],
+    weights: list[list[list[float]]],
+    divisors: list[list[float]],
     average: Average,
     reduction: Reduction,
 ) -> Tensor:
-    """Mean of the entries of each plane, `counts` being what their sums are divided by.
+    """Weighted mean of the entries of each plane, `divisors` being what their weighted sums are divided by.
 
     `average="instance"` with `reduction="mean"` pools the entries of the batch; otherwise planes count alike.
     """
-    sums = [[torch.stack(plane).sum() for plane in row] for row in entries]
+    sums = [
+        [torch.stack([w * v for w, v in zip(*plane, strict=True)]).sum() for plane in zip(*rows, strict=True)]
+        for rows in zip(weights, entries, strict=True)
+    ]
     if reduction == "mean" and average == "instance":
-        return torch.stack([s for row in sums for s in row]).sum() / sum(n for row in counts for n in row)
-    means = [[s / n for s, n in zip(*rows, strict=True)] for rows in zip(sums, counts, strict=True)]
+        total = sum(divisor for row in divisors for divisor in row)
+        return torch.stack([s for row in sums for s in row]).sum() / (total if total > 0 else 1)
+    means = [
+        [s / (divisor if divisor > 0 else 1) for s, divisor in zip(*rows, strict=True)]
+        for rows in zip(sums, divisors, strict=True)
+    ]
     return reduce_planes(means, reduction)
 
 
@@ -633,6 +693,11 @@ def instance_terms(
     min_size: int = 0,
     spacing: Sequence[float] | None = None,
     pred_normalizer: Normalizer = "pred",
+    missed: Literal["none", "soft"] = "none",
+    missed_weight: float = 0.3,
+    mask_target: bool = True,
+    proximity_reduction: Literal["squared", "sum"] = "squared",
+    weight_by: WeightBy = "count",
     reduction: Reduction = "mean",
     target_labels: Tensor | None = None,
     valid_mask: Tensor | None = None,
@@ -660,25 +725,33 @@ def instance_terms(
         valid_mask=valid_mask,
     )
     loss = plane_loss(instance_loss)
-    entries_gt = per_plane(batch, lambda x: instance_loss_gt(x.image, x.t, x.q, loss))
+    entries_gt = per_plane(batch, lambda x: instance_loss_gt(x.image, x.t, x.q, loss, mask_target))
     entries_pred = per_plane(batch, lambda x: instance_loss_pred(x.image, x.t, x.q, loss))
-    count_gt = [[len(plane) for plane in row] for row in entries_gt]
-    count_pred = [[len(plane) for plane in row] for row in entries_pred]
-    divisor_pred = count_gt if pred_normalizer == "gt" else count_pred
+    weights_gt = per_plane(batch, lambda x: weights_of(x.t, weight_by))
+    weights_pred = per_plane(batch, lambda x: weights_of(x.q, weight_by))
+    divisor_gt = [[sum(plane) for plane in row] for row in weights_gt]
+    divisor_pred = [[sum(plane) for plane in row] for row in weights_pred]
+    if pred_normalizer == "gt":
+        divisor_pred = divisor_gt
+    soft = missed_weight if missed == "soft" else 0.0
     proximity = [
         [
-            proximity_loss(x.image, x.t, x.q, losses_gt, losses_pred, millimetres)
+            proximity_loss(x.image, x.t, x.q, losses_gt, losses_pred, millimetres, proximity_reduction)
             for x, losses_gt, losses_pred in zip(*rows, strict=True)
         ]
         for rows in zip(batch, entries_gt, entries_pred, strict=True)
     ]
     return InstanceTerms(
         seg=reduce_planes(pixel_terms(batch, pixel_loss, softmax), reduction),
-        instance_gt=reduce_entries(entries_gt, count_gt, average, reduction),
-        instance_pred=reduce_entries(entries_pred, divisor_pred, average, reduction),
+        instance_gt=reduce_entries(entries_gt, weights_gt, divisor_gt, average, reduction),
+        instance_pred=reduce_entries(entries_pred, weights_pred, divisor_pred, average, reduction),
         center=reduce_planes(per_plane(batch, lambda x: center_term(x, center_loss, size)), reduction),
-        false_gt=reduce_planes(per_plane(batch, lambda x: false_rate_gt(x.image, x.t, x.q)), reduction),
-        false_pred=reduce_planes(per_plane(batch, lambda x: false_rate_pred(x.image, x.t, x.q)), reduction),
+        false_gt=reduce_planes(
+            per_plane(batch, lambda x: false_rate_gt(x.image, x.t, x.q, soft, weight_by)), reduction
+        ),
+        false_pred=reduce_planes(
+            per_plane(batch, lambda x: false_rate_pred(x.image, x.t, x.q, soft, weight_by)), reduction
+        ),
         proximity=reduce_planes(proximity, reduction),
     )
 

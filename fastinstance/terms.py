@@ -7,7 +7,7 @@ it is ordinary differentiable torch on small float64 tensors: what touches pixel
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,9 +26,12 @@ __all__ = [
     "center_sums",
     "false_rates",
     "instance_entries",
+    "instance_weights",
     "inverse_weighted_dice",
     "plane_mean",
+    "plane_sum",
     "proximity",
+    "soft_alone",
 ]
 
 
@@ -79,13 +82,16 @@ def _sums(loss: SeparableLoss, inside: Tensor, outside: Tensor, target: Tensor, 
     return Sums(inside[:, 0], total[:, 1 if loss.squared else 0], target, pointwise)
 
 
-def _matched(part: Partition, features: Features, loss: SeparableLoss) -> tuple[Sums, Sums]:
-    """Sums of the masked pairs of Eqs. 2 and 3, for every row (with the artificial ones) of either side."""
+def _matched(part: Partition, features: Features, loss: SeparableLoss, mask_target: bool = True) -> tuple[Sums, Sums]:
+    """Sums of the masked pairs of Eqs. 2 and 3, for every row (with the artificial ones) of either side.
+
+    Without `mask_target` the prediction of Eq. 2 is not masked inside of the ground-truth instance.
+    """
     truth, pred = part.target, part.pred
     n, m = part.linked
     outside = _pad(features.pred[:, 0], pred.rows)
-    hit = _pad(features.target[:, 1], truth.rows)
-    missed = _pad(features.target_area[:, 0], truth.rows)
+    hit = _pad(features.target[:, 1] if mask_target else features.target.sum(1), truth.rows)
+    missed = _pad(features.target_area[:, 0], truth.rows) * mask_target
     gt_side = _sums(loss, hit, _gather_sum(outside, m, n, truth.rows), truth.padded_count, missed)
     inside = _pad(features.pred[:, 1], pred.rows)
     union = _gather_sum(truth.padded_count, n, m, pred.rows)
@@ -93,38 +99,68 @@ def _matched(part: Partition, features: Features, loss: SeparableLoss) -> tuple[
     return gt_side, _sums(loss, inside, outside, union, missed)
 
 
-def instance_entries(part: Partition, features: Features, omega: Tensor, loss: SeparableLoss) -> tuple[Tensor, Tensor]:
+def instance_entries(
+    part: Partition, features: Features, omega: Tensor, loss: SeparableLoss, *, mask_target: bool
+) -> tuple[Tensor, Tensor]:
     """Eqs. 2 and 3: the loss of every ground-truth and every predicted instance.
 
     The ground-truth side sees the components that touch instance n, without what lies on other instances; the
     predicted side sees component m and all ground-truth instances that it touches. An empty side has one artificial
-    entry: ℓ(p on the predicted mask, 0), or ℓ(0, y).
+    entry: ℓ(p on the predicted mask, 0), or ℓ(0, y). Without `mask_target` the ground-truth side keeps the
+    probabilities below the threshold inside of instance n.
 
     Returns:
         float64 `[N + artificial]` and `[M + artificial]`.
     """
-    gt_side, pred_side = _matched(part, features, loss)
+    gt_side, pred_side = _matched(part, features, loss, mask_target)
     return loss.reduce(gt_side, omega[part.target.plane]), loss.reduce(pred_side, omega[part.pred.plane])
+
+
+def instance_weights(side: Side, weight_by: str | Callable[[Tensor], Tensor]) -> Tensor:
+    """What each row of a side counts in a mean over instances, float64; an artificial instance has the size 1.
+
+    Raises ValueError for a function whose weights are of another shape, negative or not finite.
+    """
+    size = side.padded_count.clamp(min=1)
+    if not callable(weight_by):
+        return size if weight_by == "size" else torch.ones_like(size)
+    weights = torch.as_tensor(weight_by(size), device=size.device).double()
+    if weights.shape != size.shape:
+        raise ValueError(
+            f"expected weight_by to return one weight for each of {len(size)} sizes, got shape {tuple(weights.shape)}"
+        )
+    if not bool((weights.isfinite() & (weights >= 0)).all()):
+        raise ValueError("expected weight_by to return finite weights >= 0, got others; sizes are 1 pixel or more")
+    return weights
+
+
+def _positive(total: Tensor) -> Tensor:
+    """A denominator; 1 where nothing counts, so that the mean is 0."""
+    return total.where(total > 0, 1)
+
+
+def plane_sum(values: Tensor, side: Side) -> Tensor:
+    """Sum of the (first) rows of each plane; `[planes]`."""
+    return values.new_zeros(len(side.per_plane)).index_add(0, side.plane[: len(values)], values)
 
 
 def plane_mean(values: Tensor, side: Side, entries: Tensor) -> Tensor:
     """Sum of the rows of each plane, divided by `entries` of that plane; `[planes]`."""
-    total = values.new_zeros(len(entries)).index_add(0, side.plane[: len(values)], values)
-    return total / entries.clamp(min=1)
+    return plane_sum(values, side) / _positive(entries)
 
 
 def average(values: Tensor, side: Side, entries: Tensor, *, average: str, reduction: str) -> Tensor:
     """Average one value per instance (section 7 of the README's definitions).
 
     Args:
-        values: one value per row of `side`.
+        values: one value per row of `side`, times its weight.
         side: that says to which plane a row belongs.
-        entries: `[planes]` denominators, the number of instances of each plane.
+        entries: `[planes]` denominators, the sum of the weights of each plane.
         average: "instance", over all instances of the batch, or "image", first per plane and then over planes.
         reduction: "mean"; "none" for per-plane means `[planes]`; "sum" for their sum.
     """
     if reduction == "mean" and average == "instance":
-        return values.sum() / entries.sum()
+        return values.sum() / _positive(entries.sum())
     return reduce_planes(plane_mean(values, side, entries), reduction)
 
 
@@ -133,21 +169,57 @@ def reduce_planes(values: Tensor, reduction: str) -> Tensor:
     return {"mean": values.mean, "sum": values.sum, "none": lambda: values}[reduction]()
 
 
-def false_rates(part: Partition, features: Features) -> tuple[Tensor, Tensor]:
+def soft_alone(part: Partition, features: Features, peaks: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """weight · (1 - max p) of every missed and weight · (mean p) of every false instance, 0 of others; `[N]`, `[M]`.
+
+    Args:
+        part: both sides.
+        features: their sums.
+        peaks: `[N]` largest probability of each missed instance.
+        weight: of both.
+    """
+    mean = features.pred[:, 0, 0] / part.pred.count
+    missed, false = (_alone(side, partners) for side, partners in _sides(part))
+    return weight * missed * (1 - peaks), weight * false * mean
+
+
+def _sides(part: Partition) -> tuple[tuple[Side, Tensor], tuple[Side, Tensor]]:
+    return (part.target, part.pairs[0]), (part.pred, part.pairs[1])
+
+
+def _alone(side: Side, partners: Tensor) -> Tensor:
+    """1 for instances of a side that share no pixel with the other side, 0 for others; float64."""
+    alone = torch.ones(side.real, dtype=torch.float64, device=partners.device)
+    alone[partners] = 0
+    return alone
+
+
+def false_rates(
+    part: Partition,
+    features: Features,
+    weights: tuple[Tensor, Tensor],
+    soft: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
     """Eqs. 5 and 6: the share of missed ground-truth and of false predicted instances, `[planes]` each.
 
     The floor of the Dice loss in the paper is made exact: an instance counts when it shares no pixel. The derivative is
     straight-through: that of the mean Dice loss of the same instances, before the floor.
+
+    Args:
+        part: both sides.
+        features: their sums.
+        weights: of the rows of either side.
+        soft: what `missed="soft"` adds to a missed (false) instance, from `soft_alone`.
     """
     dice = Dice()
     rates = []
-    for side, sums, partners in zip((part.target, part.pred), _matched(part, features, dice), part.pairs, strict=True):
-        alone = torch.ones(side.real, dtype=torch.float64, device=partners.device)
-        alone[partners] = 0
-        rate = plane_mean(alone, side, side.per_plane)
+    for number, ((side, partners), sums) in enumerate(zip(_sides(part), _matched(part, features, dice), strict=True)):
+        weight = weights[number][: side.real]
         unfloored = dice.reduce(sums, side.padded_count)[: side.real]
-        surrogate = plane_mean(unfloored, side, side.per_plane)
-        rates.append(rate + (surrogate - surrogate.detach()))
+        value = _alone(side, partners) + (unfloored - unfloored.detach())
+        if soft is not None:
+            value = value + soft[number]
+        rates.append(plane_mean(weight * value, side, plane_sum(weight, side)))
     return rates[0], rates[1]
 
 
@@ -258,8 +330,12 @@ def center_sums(
     )
 
 
-def proximity(part: Partition, loss_gt: Tensor, loss_pred: Tensor, spacing: Sequence[float]) -> Tensor:
+def proximity(
+    part: Partition, loss_gt: Tensor, loss_pred: Tensor, spacing: Sequence[float], *, squared: bool
+) -> Tensor:
     """Eqs. 7 to 10: (S_P - S_GT)² of each plane, `[planes]`, S the sum of D·L over the instances of a side.
+
+    Without `squared` it is S_P + S_GT.
 
     D is the Distance-IoU loss to the nearest box of the other side, measured with `spacing`; it is held fixed in the
     gradient, which is exact through the instance losses L.
@@ -272,6 +348,6 @@ def proximity(part: Partition, loss_gt: Tensor, loss_pred: Tensor, spacing: Sequ
     distance_gt, distance_pred = nearest_boxes(
         lower, upper, truth.plane, pred_lower, pred_upper, pred.plane, len(truth.entries)
     )
-    one = torch.ones_like(part.target.entries)
-    pull = plane_mean(distance_pred * loss_pred, part.pred, one)
-    return (pull - plane_mean(distance_gt * loss_gt, part.target, one)).square()
+    sum_gt = plane_sum(distance_gt * loss_gt, part.target)
+    sum_pred = plane_sum(distance_pred * loss_pred, part.pred)
+    return (sum_pred - sum_gt).square() if squared else sum_pred + sum_gt
