@@ -201,6 +201,11 @@ def step(
         average="instance",
         reduction="mean",
         by_pred=True,
+        by_size=False,
+        soft=False,
+        missed_weight=0.3,
+        whole=False,
+        summed=False,
         center_size=(3,) * len(size),
         spacing=(1.0,) * len(size),
         max_instances=None,
@@ -238,6 +243,7 @@ def engine_variants() -> Iterator[Variant]:
         step("Dice alone", seg="dice", dtype=torch.float16, **nothing),
         step("inverse-weighted", seg="inverse_weighted_dice", **nothing),
         step("false rates", own=None, center=None, proximity=False),
+        step("soft modes", own="dicece", by_size=True, soft=True, whole=True, summed=True),
     ]  # fmt: skip
     seen = set()
     for variant in itertools.chain.from_iterable(uses):

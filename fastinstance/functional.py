@@ -282,6 +282,7 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
         order = ("seg", "blob") if "blob" in weights else InstanceTerms._fields
         own = any(name in weights for name in ("instance_gt", "instance_pred", "proximity", "blob"))
+        false_rates = "false_gt" in weights or "false_pred" in weights
         request = Request(
             channels=channels,
             logits=logits,
@@ -294,11 +295,16 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor]
             dice=Dice().form.numbers,
             inverse="seg" in weights and isinstance(settings.pixel, InverseWeightedDice),
             blob="blob" in weights,
-            false_rates="false_gt" in weights or "false_pred" in weights,
+            false_rates=false_rates,
             proximity="proximity" in weights,
             average=settings.average,
             reduction=settings.reduction,
             by_pred=settings.pred_normalizer == "pred",
+            by_size=settings.weight_by == "size",
+            soft=settings.missed == "soft" and false_rates,
+            missed_weight=float(settings.missed_weight),
+            whole=not settings.mask_target,
+            summed=settings.proximity_reduction == "sum",
             center_size=call.center_size,
             spacing=call.spacing,
             max_instances=settings.max_instances,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["fused_terms"]
 
-_RESULTS = 17
+_RESULTS = 18
 """`found`, `total` and the fields of `fastinstance_kernels.engine.Saved`."""
 _COUNTS = 4
 """Which of these fields are the instances of each plane."""

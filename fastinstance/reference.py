@@ -729,8 +729,8 @@ def instance_terms(
     entries_pred = per_plane(batch, lambda x: instance_loss_pred(x.image, x.t, x.q, loss))
     weights_gt = per_plane(batch, lambda x: weights_of(x.t, weight_by))
     weights_pred = per_plane(batch, lambda x: weights_of(x.q, weight_by))
-    divisor_gt = [[sum(plane) for plane in row] for row in weights_gt]
-    divisor_pred = [[sum(plane) for plane in row] for row in weights_pred]
+    divisor_gt = [[math.fsum(plane) for plane in row] for row in weights_gt]
+    divisor_pred = [[math.fsum(plane) for plane in row] for row in weights_pred]
     if pred_normalizer == "gt":
         divisor_pred = divisor_gt
     soft = missed_weight if missed == "soft" else 0.0

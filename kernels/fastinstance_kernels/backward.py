@@ -17,7 +17,7 @@ import triton.language as tl
 from .losses import MISSED as MISSED_COST
 from .losses import channel_slopes, features, form_slopes, joint_sums, joint_upstream, pointwise_slope, slopes
 from .pack import COLUMNS, wide
-from .tables import area_of, counts_of, first_row
+from .tables import area_of, areas_of, counts_of, first_row, peak_index, weight_of
 from .terms import (
     DRAWN,
     FIXED_D,
@@ -28,6 +28,8 @@ from .terms import (
     SLOPE,
     STRAY,
     WEIGHED,
+    WEIGHT_GT,
+    WEIGHT_PRED,
     center_sums,
     inverse_sums,
     load_exact,
@@ -62,7 +64,7 @@ def _upstream(
 @triton.jit(
     do_not_specialize=[
         "scale_v", "planes", "channels", "bound", "bound_pred", "groups",
-        "seg", "instance_gt", "instance_pred", "center", "false_gt", "false_pred", "proximity",
+        "seg", "instance_gt", "instance_pred", "center", "false_gt", "false_pred", "proximity", "missed_weight",
     ],
     do_not_specialize_on_alignment=["to_total", "to_terms"],
 )  # fmt: skip
@@ -70,8 +72,9 @@ def coefficients(
     to_total, to_terms, counts, sums, linked, dense, whole, omega, nearest, owned, back, planar, entries,
     upstream, base, rows,
     scale_v, planes, channels, bound, bound_pred, groups,
-    seg, instance_gt, instance_pred, center, false_gt, false_pred, proximity,
+    seg, instance_gt, instance_pred, center, false_gt, false_pred, proximity, missed_weight,
     TOTAL: tl.constexpr, TERMS: tl.constexpr, AVERAGE: tl.constexpr, REDUCTION: tl.constexpr, BY_PRED: tl.constexpr,
+    BY_SIZE: tl.constexpr, SOFT: tl.constexpr, SUMMED: tl.constexpr, WHOLE: tl.constexpr,
     SEG: tl.constexpr, SEG_SQUARED: tl.constexpr, CATEGORICAL: tl.constexpr, INVERSE: tl.constexpr,
     FORM: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr, DICE: tl.constexpr,
     CENTER: tl.constexpr, CENTER_SQUARED: tl.constexpr, CENTER_GAMMA: tl.constexpr,
@@ -152,11 +155,12 @@ def coefficients(
         n, m = counts_of(counts, plane, planes, bound, bound_pred, SIDES)
         pixels = tl.load(omega + plane)
         planar += plane * PARTS
-        entries_gt = tl.maximum(n, 1).to(tl.float64)
-        entries_pred = tl.maximum(m, 1).to(tl.float64)
+        entries_gt = tl.load(planar + WEIGHT_GT) if BY_SIZE else tl.maximum(n, 1).to(tl.float64)
+        entries_pred = tl.load(planar + WEIGHT_PRED) if BY_SIZE else tl.maximum(m, 1).to(tl.float64)
         to_gt = tl.zeros([], tl.float64)
         to_pred = to_gt
         push = to_gt
+        pull = to_gt
         to_missed = to_gt
         to_false = to_gt
         if OWN:
@@ -177,7 +181,9 @@ def coefficients(
                 to_pred = to_pred / (tl.load(entries + 1) if ACROSS else entries_pred if BY_PRED else entries_gt)
             if BOXES:
                 push = _upstream(to_total, to_terms, 6, proximity, plane, planes, True, TOTAL, TERMS, MEAN, NONE)
-                push = 2 * push * (tl.load(planar + PULL_PRED) - tl.load(planar + PULL_GT))
+                if not SUMMED:
+                    push = 2 * push * (tl.load(planar + PULL_PRED) - tl.load(planar + PULL_GT))
+                pull = push if SUMMED else -push
         if FALSES:
             to_missed = (
                 _upstream(to_total, to_terms, 4, false_gt, plane, planes, True, TOTAL, TERMS, MEAN, NONE) / entries_gt
@@ -205,16 +211,17 @@ def coefficients(
                 inside = local < tl.maximum(count, 1)
                 real = local < count
                 row = first_row(plane, planes, bound, bound_pred, side == 1) + local
+                counted = weight_of(sums + row * W, real, K, BY_SIZE)
                 hit, total, power, number, v = row_sums(
                     sums, linked, dense + plane * COLUMNS, row, inside, scale_v,
-                    side == 0, SIDES == 1, SQUARED, GAMMA, K, AXES,
+                    side == 0, SIDES == 1, WHOLE, SQUARED, GAMMA, K, AXES,
                 )  # fmt: skip
                 alone_p = tl.zeros([BLOCK], tl.float64)
                 shared_p, by_power, alone_power, alone_v, shared_v = alone_p, alone_p, alone_p, alone_p, alone_p
                 if OWN:
-                    weight = alone_p + (to_gt if side == 0 else to_pred)
+                    weight = counted * (to_gt if side == 0 else to_pred)
                     if BOXES:
-                        weight += (-push if side == 0 else push) * load_nearest(nearest, row, inside, WIDE)
+                        weight += (pull if side == 0 else push) * load_nearest(nearest, row, inside, WIDE)
                     by_i, by_power, _ = form_slopes(hit, power, number, v, pixels + alone_p, FORM)
                     by_power = weight * by_power
                     shared_v = weight * by_v
@@ -222,20 +229,37 @@ def coefficients(
                     if not SQUARED:
                         shared_p += by_power
                         alone_p += by_power
+                if WHOLE and side == 0:  # what is missed is seen like the rest
+                    alone_p = shared_p
+                    alone_power = by_power
+                    alone_v = shared_v
+                elif SIDES == 2 and side == 0:  # a missed pixel is masked out
+                    alone_p = alone_p * 0
+                elif SIDES == 2:
+                    alone_power = by_power
+                    alone_v = shared_v
                 if FALSES:
+                    if WHOLE and side == 0:
+                        hit, total, _, number, v = row_sums(
+                            sums, linked, dense + plane * COLUMNS, row, inside, scale_v,
+                            True, False, False, SQUARED, GAMMA, K, AXES,
+                        )  # fmt: skip
                     by_i, by_p, _ = form_slopes(hit, total, number, v, pixels + alone_p * 0, DICE)
-                    weight = tl.where(real, to_missed if side == 0 else to_false, 0.0)
+                    weight = tl.where(real, counted * (to_missed if side == 0 else to_false), 0.0)
                     shared_p += weight * (by_i + by_p)
-                    alone_p += weight * by_p
+                    if side == 1:
+                        alone_p += weight * by_p
+                    if SOFT:
+                        _, shared = areas_of(sums + row * W, real, K)
+                        alone = real & (shared == 0)
+                        soft = tl.where(alone, weight * missed_weight, 0.0)
+                        if side == 1:
+                            alone_p += soft / area_of(sums + row * W, real, K)
                 if SIDES == 1:
                     alone_p = shared_p
                     alone_power = by_power
                     alone_v = shared_v
-                elif side == 0:  # a missed pixel is masked out
-                    alone_p = alone_p * 0
-                else:
-                    alone_power = by_power
-                    alone_v = shared_v
+                elif side == 1:
                     # The pixels outside of the target are also seen by the ground-truth instances that m touches.
                     if BACK > 0:
                         partners = back + (plane * bound_pred + local) * BACK
@@ -244,13 +268,13 @@ def coefficients(
                         if OWN:
                             seen = to_gt * load_exact(partners, inside)
                             if BOXES:
-                                seen -= push * load_exact(partners + 2 * (OWN + APART), inside)
+                                seen += pull * load_exact(partners + 2 * (OWN + APART), inside)
                             if GAMMA >= 0:
                                 partners += 2 * (OWN + APART) + 2 * BOXES
                                 seen_v = to_gt * tl.load(partners, mask=inside, other=0).to(tl.float64)
                                 if BOXES:
                                     far = tl.load(partners + 1, mask=inside, other=0).to(tl.float64) / FIXED_D
-                                    seen_v -= push * far
+                                    seen_v += pull * far
                                 alone_v += by_v * seen_v
                             if SQUARED:
                                 alone_power += seen
@@ -277,6 +301,8 @@ def coefficients(
                     to_p = to_seg * slope * share / area_of(sums + row * W, real, K)
                     alone_p += to_p
                     shared_p += to_p
+                if SOFT and side == 0:  # a missed instance shares no pixel: its place holds what its peak gets as well
+                    shared_p = tl.where(alone, -soft, shared_p)
                 to = rows + row * (2 * K)
                 tl.store(to, alone_p, mask=inside)
                 tl.store(to + K, shared_p, mask=inside)
@@ -294,11 +320,11 @@ def coefficients(
     do_not_specialize_on_alignment=["values", "valid", "result"],
 )
 def gradient(
-    values, masks, heads, valid, parents, block_starts, base, coefficients, result,
+    values, masks, heads, valid, parents, block_starts, peaks, base, coefficients, result,
     planes, rows, width, row_words, row_tiles, pixels, blocks, bound, bound_pred,
     LOGITS: tl.constexpr, VALID: tl.constexpr, SEG: tl.constexpr, SEG_SQUARED: tl.constexpr, SEG_GAMMA: tl.constexpr,
     POSITIVES_ONLY: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr, K: tl.constexpr, SIDES: tl.constexpr,
-    ROWS: tl.constexpr,
+    SOFT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One [ROWS, WORD] tile of ∂loss/∂values."""
     plane, _, y, column = image_tile(1, row_words, row_tiles, ROWS)
@@ -345,6 +371,9 @@ def gradient(
                 at = coefficients + row * (2 * K) + tl.where(partner > 0, K, 0)
                 mine = (own > 0) & (own <= (bound if side == 0 else bound_pred))
                 by_p += tl.load(at, mask=mine, other=0.0)
+                if SOFT and side == 0:
+                    peak = peak_index(tl.load(peaks + row, mask=mine, other=-1)) == y * width + x
+                    by_p += tl.load(at + K, mask=mine & peak, other=0.0)
                 if SQUARED:
                     by_power += tl.load(at + 1, mask=mine, other=0.0)
                 if GAMMA >= 0:

@@ -60,6 +60,11 @@ class Request(NamedTuple):
     average: str
     reduction: str
     by_pred: bool
+    by_size: bool  # what an instance counts in a mean: its pixels, or 1
+    soft: bool  # missed and false instances have soft terms
+    missed_weight: float  # of these
+    whole: bool  # a ground-truth instance is not masked where nothing is predicted
+    summed: bool  # the proximity is a sum, not a squared difference
     center_size: tuple[int, ...]
     spacing: tuple[float, ...]
     max_instances: int | None
@@ -95,7 +100,8 @@ class Request(NamedTuple):
     @property
     def apart(self) -> bool:
         """Whether the false rates have their derivative of another loss than the instance terms."""
-        return self.false_rates and (self.own is None or self.own.squared or self.own.form != self.dice)
+        other = self.own is None or self.own.squared or self.own.form != self.dice or self.whole
+        return self.false_rates and other
 
     @property
     def slopes(self) -> int:
@@ -125,6 +131,7 @@ class Saved(NamedTuple):
     whole: Tensor
     omega: Tensor
     nearest: Tensor
+    peaks: Tensor
     owned: Tensor
     back: Tensor
     planar: Tensor
@@ -218,6 +225,7 @@ def shapes(
         "whole": ((planes * 4,), torch.float64),
         "omega": ((planes,), torch.float64),
         "nearest": ((request.proximity * rows,), integer),
+        "peaks": ((request.soft * planes * plan.bound,), torch.int64),
         "owned": ((2 * (request.center is not None) * pred_rows,), torch.int32),
         "back": ((pred_rows * request.back,), torch.int64),
         "planar": ((planes * PARTS.value,), torch.float64),
@@ -313,19 +321,19 @@ def forward(
         groups = plan.groups(4096, triton.cdiv(plan.bound, 64))
         prepare[launch.programs(planes, groups)](
             partial, saved.dense, saved.whole, saved.omega, block_counts, saved.block_starts, saved.counts, saved.sums,
-            box, saved.linked, saved.back, saved.nearest, slots, flags, ticket,
+            box, saved.linked, saved.back, saved.nearest, saved.peaks, slots, flags, ticket,
             planes, dense_tiles, plan.blocks, plan.bound, plan.bound_pred, plan.capacity, depth, height, width, groups,
-            SIDES=sides, K=k, AXES=plan.axes, BACK=request.back, BOXES=boxes, PAIRS=sides == 2,
+            SIDES=sides, K=k, AXES=plan.axes, BACK=request.back, BOXES=boxes, PAIRS=sides == 2, SOFT=request.soft,
             FAR=0x7FF0000000000000 if wide else 0x7F800000, BLOCK=512, num_warps=4,
         )  # fmt: skip
         if sides > 0:
             accumulate[launch.programs(planes, plan.tiles(launch.TILE_ROWS) * plan.row_words)](
                 values, saved.masks, saved.heads, saved.parents, saved.block_starts, saved.counts, saved.sums, box,
-                slots, flags, plan.scale_v, planes, plan.rows, height, width, plan.row_words,
+                saved.peaks, slots, flags, plan.scale_v, planes, plan.rows, height, width, plan.row_words,
                 plan.tiles(launch.TILE_ROWS), plan.words * launch.WORD, plan.blocks,
                 plan.bound, plan.bound_pred, plan.capacity,
                 LOGITS=request.logits, SQUARED=own.squared, GAMMA=own.gamma, K=k, AXES=plan.axes, SIDES=sides,
-                BOXES=boxes, CENTERS=centers, PAIRS=sides == 2, ROWS=launch.TILE_ROWS, num_warps=1,
+                BOXES=boxes, CENTERS=centers, PAIRS=sides == 2, SOFT=request.soft, ROWS=launch.TILE_ROWS, num_warps=1,
             )  # fmt: skip
         if sides == 2:
             link[launch.programs(planes, groups)](
@@ -338,19 +346,21 @@ def forward(
                 saved.counts, saved.sums, saved.linked, saved.dense, box, losses, slope, saved.nearest, owners,
                 plan.scale_v, planes, depth, height, width, plan.bound, plan.bound_pred, *center_size, groups, *spacing,
                 FORM=own.form, DICE=request.dice, SQUARED=own.squared, GAMMA=own.gamma, K=k, AXES=plan.axes,
-                SIDES=sides, OWN=request.own is not None, APART=request.apart, CENTERS=centers, BOXES=boxes, WIDE=wide,
-                BLOCK=32, OTHERS=2 if wide else 8, num_warps=1,
+                SIDES=sides, OWN=request.own is not None, APART=request.apart, WHOLE=request.whole, CENTERS=centers,
+                BOXES=boxes, WIDE=wide, BLOCK=32, OTHERS=2 if wide else 8, num_warps=1,
             )  # fmt: skip
         groups = plan.groups(1024, min(64, triton.cdiv(plan.bound, 64))) if sides else 1
         parts = empty(planes, groups, PARTS.value, dtype=torch.float64)
         gather[launch.programs(planes, groups)](
-            saved.counts, saved.sums, losses, slope, saved.nearest, owners, valid, slots, saved.owned, saved.back,
+            values if request.soft else None, saved.counts, saved.sums, losses, slope, saved.nearest, owners, valid,
+            saved.peaks, slots, saved.owned, saved.back,
             parts, saved.dense, saved.whole, saved.omega, flags, ticket, saved.planar, saved.entries, found, total,
             planes, request.channels, depth, height, width, plan.bound, plan.bound_pred, plan.capacity,
             *center_size, groups,
-            *weights,
+            *weights, request.missed_weight, LOGITS=request.logits,
             SEG=seg.form, CENTER=(request.center or Loss()).form, CATEGORICAL=request.categorical,
             INVERSE=request.inverse, AVERAGE=request.average, REDUCTION=request.reduction, BY_PRED=request.by_pred,
+            BY_SIZE=request.by_size, SOFT=request.soft, SUMMED=request.summed,
             K=k, AXES=plan.axes, SIDES=sides, OWN=request.own is not None, APART=request.apart, GAMMA=own.gamma,
             BOXES=boxes, CENTERS=centers, VALID=valid is not None, BACK=request.back, WIDE=wide, BLOCK=32, num_warps=1,
         )  # fmt: skip
@@ -386,8 +396,9 @@ def backward(
             to_total, to_found, saved.counts, saved.sums, saved.linked, saved.dense, saved.whole, saved.omega,
             saved.nearest, saved.owned, saved.back, saved.planar, saved.entries, upstream, base, rows,
             plan.scale_v, planes, request.channels, plan.bound, plan.bound_pred, groups, *weights,
-            TOTAL=to_total is not None, TERMS=to_found is not None,
+            request.missed_weight, TOTAL=to_total is not None, TERMS=to_found is not None,
             AVERAGE=request.average, REDUCTION=request.reduction, BY_PRED=request.by_pred,
+            BY_SIZE=request.by_size, SOFT=request.soft, SUMMED=request.summed, WHOLE=request.whole,
             SEG=seg.form, SEG_SQUARED=seg.squared, CATEGORICAL=request.categorical, INVERSE=request.inverse,
             FORM=own.form, SQUARED=own.squared, GAMMA=own.gamma, DICE=request.dice,
             CENTER=center.form, CENTER_SQUARED=center.squared, CENTER_GAMMA=center.gamma,
@@ -397,11 +408,11 @@ def backward(
             BLOCK=block, num_warps=1,
         )  # fmt: skip
         gradient[launch.programs(planes, plan.tiles(launch.TILE_ROWS) * plan.row_words)](
-            values, saved.masks, saved.heads, valid, saved.parents, saved.block_starts, base, rows, result,
+            values, saved.masks, saved.heads, valid, saved.parents, saved.block_starts, saved.peaks, base, rows, result,
             planes, plan.rows, plan.width, plan.row_words, plan.tiles(launch.TILE_ROWS),
             plan.words * launch.WORD, plan.blocks, plan.bound, plan.bound_pred,
             LOGITS=request.logits, VALID=valid is not None, SEG=request.seg is not None, SEG_SQUARED=seg.squared,
             SEG_GAMMA=seg.gamma, POSITIVES_ONLY=request.categorical, SQUARED=own.squared, GAMMA=own.gamma,
-            K=k, SIDES=sides, ROWS=launch.TILE_ROWS, num_warps=2 if wide else 1,
+            K=k, SIDES=sides, SOFT=request.soft, ROWS=launch.TILE_ROWS, num_warps=2 if wide else 1,
         )  # fmt: skip
     return result

@@ -12,6 +12,8 @@ one *artificial* row 0 there, of no pixel.
                  their features outside of the target (target rows), or of their pixels (predicted rows, first column)
     slots  int32 or int64 [planes, capacity]  pairs as keys n M + m: at that place while all N M of them fit, else in a
                  hash; EMPTY elsewhere. A pair has a pixel of its own, so the hash never fills.
+    peaks  int64 [planes, bound]  `peak_key` of the most likely pixel of a target row that the prediction does not have;
+                 only of missed instances in the end, NO_PEAK elsewhere
 
 Everything is an integer and every update commutes: the tables are bitwise the same on every run.
 """
@@ -31,6 +33,9 @@ from .words import WORD, any_of, image_tile, instances_at
 EMPTY = tl.constexpr(-1)
 NOWHERE = tl.constexpr(-(2**30))
 """Below -coordinate and coordinate of any pixel."""
+NO_PEAK = tl.constexpr(-(2**63))
+LAST = tl.constexpr(2**31 - 1)
+"""Above the index of any pixel of a plane; `index ^ LAST` is LAST - index."""
 UNDRAWN = tl.constexpr(2**31 - 1)
 """Owner of a pixel that no centre box covers."""
 FIXED_P = tl.constexpr(2.0**32)
@@ -70,6 +75,30 @@ def area_of(row_sums, inside, K: tl.constexpr):
     """Pixels of some rows; 1 where there is none."""
     alone, shared = areas_of(row_sums, inside, K)
     return alone + shared
+
+
+@triton.jit
+def weight_of(row_sums, inside, K: tl.constexpr, BY_SIZE: tl.constexpr):
+    """What some rows count in a mean over instances, float64; an artificial row has the size 1."""
+    if BY_SIZE:
+        return tl.maximum(area_of(row_sums, inside, K).to(tl.float64), 1.0)
+    else:
+        return tl.full(inside.shape, 1.0, tl.float64)
+
+
+@triton.jit
+def peak_key(value, index):
+    """Integers in the order of values, then in falling order of the index of the pixel; values to float32's digits."""
+    value = value.to(tl.float32)
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
+    order = bits ^ (bits >> 31 & 0x7FFFFFFF)
+    return order.to(tl.int64) << 32 | (index ^ LAST).to(tl.int64)
+
+
+@triton.jit
+def peak_index(key):
+    """The index of the pixel in a key; NO_PEAK has one of no pixel."""
+    return (key & LAST) ^ LAST
 
 
 def slots_for(keys: int) -> int:
@@ -145,11 +174,11 @@ def _total(block_counts, blocks, BLOCK: tl.constexpr):
     ]
 )  # fmt: skip
 def prepare(
-    partial, dense, whole, omega, block_counts, block_starts, counts, sums, boxes, linked, back, nearest, slots, flags,
-    ticket,
+    partial, dense, whole, omega, block_counts, block_starts, counts, sums, boxes, linked, back, nearest, peaks, slots,
+    flags, ticket,
     planes, tiles, blocks, bound, bound_pred, capacity, depth, height, width, groups,
     SIDES: tl.constexpr, K: tl.constexpr, AXES: tl.constexpr, BACK: tl.constexpr,
-    BOXES: tl.constexpr, PAIRS: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr,
+    BOXES: tl.constexpr, PAIRS: tl.constexpr, SOFT: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One of `groups` programs of a plane: add up its tiles, start its ids, and clear the rows that will be used."""
     program = tl.program_id(0)
@@ -190,6 +219,8 @@ def prepare(
             start_blocks(block_counts + side_plane * blocks, block_starts + side_plane * blocks, blocks, BLOCK)
         row = first_row(plane, planes, bound, bound_pred, side == 1)
         _clear(sums + row * W, entries * W, 0, group, groups, BLOCK)
+        if SOFT and side == 0:
+            _clear(peaks + row, entries, NO_PEAK, group, groups, BLOCK)
         if PAIRS:
             _clear(linked + row * K, entries * K, 0, group, groups, BLOCK)
             if side == 1 and BACK > 0:
@@ -224,10 +255,11 @@ def _fixed(total, scale, limit):
     do_not_specialize_on_alignment=["values"],
 )  # fmt: skip
 def accumulate(
-    values, masks, heads, parents, block_starts, counts, sums, boxes, slots, flags,
+    values, masks, heads, parents, block_starts, counts, sums, boxes, peaks, slots, flags,
     scale_v, planes, rows, height, width, row_words, row_tiles, pixels, blocks, bound, bound_pred, capacity,
     LOGITS: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr, K: tl.constexpr, AXES: tl.constexpr,
-    SIDES: tl.constexpr, BOXES: tl.constexpr, CENTERS: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+    SIDES: tl.constexpr, BOXES: tl.constexpr, CENTERS: tl.constexpr, PAIRS: tl.constexpr, SOFT: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """One [ROWS, WORD] tile: a turn for every pair (t, q) of ids in it, 0 included.
 
@@ -262,6 +294,8 @@ def accumulate(
         seen = key > 0
         value = wide(tl.load(values + plane * rows * width + y * width + x, mask=seen, other=0.0))
         wrong, cost, p = features(value, positive, LOGITS)
+        if SOFT:
+            rank = peak_key(value, y * width + x)
         here = tl.max(key)
         while here > 0:
             kt = (here >> 32).to(tl.int32)
@@ -292,6 +326,9 @@ def accumulate(
             if (kt > 0) & (kt <= bound):
                 row = first_row(plane, planes, bound, bound_pred, False) + kt - 1
                 _add_to_row(sums, boxes, row, kq > 0, columns, box, K, AXES, BOXES, CENTERS)
+                if SOFT and kq == 0:
+                    highest = tl.max(tl.where(me, rank, NO_PEAK)) + place * 0
+                    tl.atomic_max(peaks + row + place, highest, mask=place == 0, sem="relaxed")
             if (kq > 0) & (kq <= bound_pred):
                 row = first_row(plane, planes, bound, bound_pred, True) + kq - 1
                 _add_to_row(sums, boxes, row, kt > 0, columns, box, K, AXES, BOXES, CENTERS)

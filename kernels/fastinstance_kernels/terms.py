@@ -22,9 +22,23 @@ import triton
 import triton.language as tl
 
 from .losses import MISSED as MISSED_COST
-from .losses import channel_value, form_slopes, form_value, joint_sums
-from .pack import COLUMNS
-from .tables import FIXED_P, UNDRAWN, area_of, areas_of, box_pixel, center_of, counts_of, first_row, pair_at, slots_used
+from .losses import channel_value, features, form_slopes, form_value, joint_sums
+from .pack import COLUMNS, wide
+from .tables import (
+    FIXED_P,
+    NO_PEAK,
+    UNDRAWN,
+    area_of,
+    areas_of,
+    box_pixel,
+    center_of,
+    counts_of,
+    first_row,
+    pair_at,
+    peak_index,
+    slots_used,
+    weight_of,
+)
 
 FINE = tl.constexpr(2.0**60)
 COARSE = tl.constexpr(2.0**20)
@@ -34,17 +48,19 @@ PARTS = tl.constexpr(16)
 TERMS = tl.constexpr(8)
 
 # Columns of `parts` and `planar`.
-SUM_GT = tl.constexpr(0)  # Σ L over the target rows, then over the predicted ones
+SUM_GT = tl.constexpr(0)  # Σ weight · L over the target rows, then over the predicted ones
 SUM_PRED = tl.constexpr(1)
 PULL_GT = tl.constexpr(2)  # Σ D·L
 PULL_PRED = tl.constexpr(3)
-MISSED = tl.constexpr(4)
+MISSED = tl.constexpr(4)  # Σ weight over missed and over false rows, with their soft terms
 FALSE = tl.constexpr(5)
 DRAWN = tl.constexpr(6)  # pixels of the true centre map, of the predicted one inside and outside of it
 HIT = tl.constexpr(7)
 STRAY = tl.constexpr(8)
 SLOPE = tl.constexpr(9)  # Σ ∂L/∂Σ P^k over the target rows: what every pixel of the background gets in blob loss
 WEIGHED = tl.constexpr(10)  # Σ over the target rows of Σp / |n|, for the inverse-weighted Dice
+WEIGHT_GT = tl.constexpr(11)  # Σ weight over the target rows, then over the predicted ones, the artificial one included
+WEIGHT_PRED = tl.constexpr(12)
 
 
 @triton.jit
@@ -55,13 +71,13 @@ def _from_fixed(total, unit):
 @triton.jit
 def row_sums(
     sums, linked, dense, row, inside, scale_v,
-    TARGET: tl.constexpr, BLOB: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr, K: tl.constexpr,
-    AXES: tl.constexpr,
+    TARGET: tl.constexpr, BLOB: tl.constexpr, WHOLE: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr,
+    K: tl.constexpr, AXES: tl.constexpr,
 ):  # fmt: skip
     """What a loss sees of the masked pair of some rows: Σ P·G, Σ P, Σ P^k, Σ G, Σ v, all float64.
 
     Target rows are seen with the components that touch them, predicted rows with all instances that they touch (Eqs. 2
-    and 3), blob rows with all that is outside of the target.
+    and 3), blob rows with all that is outside of the target. WHOLE target rows are not masked where they are missed.
     """
     W: tl.constexpr = 2 * K + 1 + AXES
     alone = sums + row * W
@@ -86,12 +102,16 @@ def row_sums(
             v += outer_v + tl.load(dense + 7)
         number = (area + hit).to(tl.float64)
     elif TARGET:
+        if WHOLE:
+            inner += outer
         total = inner + _from_fixed(tl.load(linked + row * K, mask=inside, other=0), FIXED_P)
         if SQUARED:
+            if WHOLE:
+                power += outer_power
             power += _from_fixed(tl.load(linked + row * K + 1, mask=inside, other=0), FIXED_P)
         if GAMMA >= 0:
             v += _from_fixed(tl.load(linked + row * K + K - 1, mask=inside, other=0), scale_v)
-            v += area.to(tl.float64) * MISSED_COST
+            v += outer_v if WHOLE else area.to(tl.float64) * MISSED_COST
         number = (area + hit).to(tl.float64)
     else:
         total = inner + outer
@@ -146,8 +166,8 @@ def instances(
     scale_v, planes, depth, height, width, bound, bound_pred, size_z, size_y, size_x, groups,
     spacing_z, spacing_y, spacing_x,
     FORM: tl.constexpr, DICE: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr, K: tl.constexpr,
-    AXES: tl.constexpr, SIDES: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr, CENTERS: tl.constexpr,
-    BOXES: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+    AXES: tl.constexpr, SIDES: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr, WHOLE: tl.constexpr,
+    CENTERS: tl.constexpr, BOXES: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     """One of `groups` programs of a plane: losses of its rows, their centre boxes, and box distances of its pairs.
 
@@ -171,7 +191,7 @@ def instances(
             row = first_row(plane, planes, bound, bound_pred, side == 1) + local
             if OWN or (APART and side == 0):
                 hit, total, power, number, v = row_sums(
-                    sums, linked, dense, row, inside, scale_v, side == 0, SIDES == 1, SQUARED, GAMMA, K, AXES
+                    sums, linked, dense, row, inside, scale_v, side == 0, SIDES == 1, WHOLE, SQUARED, GAMMA, K, AXES
                 )  # fmt: skip
                 if OWN:
                     tl.store(losses + row, form_value(hit, power, number, v, omega, FORM), mask=inside)
@@ -180,6 +200,10 @@ def instances(
                         _, by_power, _ = form_slopes(hit, power, number, v, omega, FORM)
                         tl.store(slopes + row * (OWN + APART), by_power, mask=inside)
                     if APART:
+                        if WHOLE:
+                            hit, total, _, number, v = row_sums(
+                                sums, linked, dense, row, inside, scale_v, True, False, False, SQUARED, GAMMA, K, AXES
+                            )  # fmt: skip
                         _, by_total, _ = form_slopes(hit, total, number, v, omega, DICE)
                         tl.store(slopes + row * (OWN + APART) + OWN, by_total, mask=inside)
             if CENTERS:
@@ -284,16 +308,18 @@ def _pixels_owned(
     do_not_specialize=[
         "planes", "channels", "depth", "height", "width", "bound", "bound_pred", "capacity",
         "size_z", "size_y", "size_x", "groups",
-        "seg", "instance_gt", "instance_pred", "center", "false_gt", "false_pred", "proximity",
-    ]
+        "seg", "instance_gt", "instance_pred", "center", "false_gt", "false_pred", "proximity", "missed_weight",
+    ],
+    do_not_specialize_on_alignment=["values"],
 )  # fmt: skip
 def gather(
-    counts, sums, losses, slopes, nearest, owners, valid, slots, owned, back, parts,
+    values, counts, sums, losses, slopes, nearest, owners, valid, peaks, slots, owned, back, parts,
     dense, whole, omega, flags, ticket, planar, entries, found, total,
     planes, channels, depth, height, width, bound, bound_pred, capacity, size_z, size_y, size_x, groups,
-    seg, instance_gt, instance_pred, center, false_gt, false_pred, proximity,
-    SEG: tl.constexpr, CENTER: tl.constexpr, CATEGORICAL: tl.constexpr, INVERSE: tl.constexpr,
-    AVERAGE: tl.constexpr, REDUCTION: tl.constexpr, BY_PRED: tl.constexpr,
+    seg, instance_gt, instance_pred, center, false_gt, false_pred, proximity, missed_weight,
+    LOGITS: tl.constexpr, SEG: tl.constexpr, CENTER: tl.constexpr, CATEGORICAL: tl.constexpr, INVERSE: tl.constexpr,
+    AVERAGE: tl.constexpr, REDUCTION: tl.constexpr, BY_PRED: tl.constexpr, BY_SIZE: tl.constexpr,
+    SOFT: tl.constexpr, SUMMED: tl.constexpr,
     K: tl.constexpr, AXES: tl.constexpr, SIDES: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr,
     GAMMA: tl.constexpr, BOXES: tl.constexpr, CENTERS: tl.constexpr, VALID: tl.constexpr, BACK: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -321,11 +347,25 @@ def gather(
             inside = local < listed
             real = local < count
             row = first_row(plane, planes, bound, bound_pred, side == 1) + local
+            weight = weight_of(sums + row * W, real, K, BY_SIZE)
             _, shared = areas_of(sums + row * W, real, K)
-            columns = _column(columns, MISSED + side, real & (shared == 0))
+            alone = real & (shared == 0)
+            count_as = tl.where(alone, weight, 0.0)
+            if SOFT and side == 0:
+                key = tl.load(peaks + row, mask=alone, other=0)
+                tl.store(peaks + row, NO_PEAK, mask=real & ~alone)
+                peak = wide(tl.load(values + plane * pixels + peak_index(key), mask=alone, other=0.0))
+                lacking, _, _ = features(peak, local >= 0, LOGITS)
+                count_as += count_as * missed_weight * lacking
+            elif SOFT:
+                p = _from_fixed(tl.load(sums + row * W, mask=alone, other=0), FIXED_P)
+                count_as += count_as * missed_weight * p / area_of(sums + row * W, real, K)
+            columns = _column(columns, MISSED + side, count_as)
+            if BY_SIZE:
+                columns = _column(columns, WEIGHT_GT + side, tl.where(inside, weight, 0.0))
             if OWN:
                 loss = tl.load(losses + row, mask=inside, other=0.0).to(tl.float64)
-                columns = _column(columns, SUM_GT + side, loss)
+                columns = _column(columns, SUM_GT + side, weight * loss)
                 if BOXES:
                     columns = _column(columns, PULL_GT + side, load_nearest(nearest, row, inside, WIDE) * loss)
             if side == 0 and INVERSE:
@@ -357,16 +397,17 @@ def gather(
             row_t += first_row(plane, planes, bound, bound_pred, False)
             to = back + (plane * bound_pred + row_q) * BACK
             KEPT: tl.constexpr = OWN + APART
+            weight = weight_of(sums + row_t * W, there, K, BY_SIZE)
             for i in tl.static_range(KEPT):
                 slope = tl.load(slopes + row_t * KEPT + i, mask=there, other=0.0)
-                _add_exact(to + 2 * i, slope.to(tl.float64), there)
+                _add_exact(to + 2 * i, weight * slope.to(tl.float64), there)
             if BOXES:
                 distance = load_nearest(nearest, row_t, there, WIDE)
                 slope = tl.load(slopes + row_t * KEPT, mask=there, other=0.0).to(tl.float64)
                 _add_exact(to + 2 * KEPT, distance * slope, there)
             if GAMMA >= 0:
                 to += 2 * KEPT + 2 * BOXES
-                tl.atomic_add(to, there.to(tl.int64), mask=there, sem="relaxed")
+                tl.atomic_add(to, weight.to(tl.int64), mask=there, sem="relaxed")
                 if BOXES:
                     tl.atomic_add(to + 1, (distance * FIXED_D).to(tl.int64), mask=there, sem="relaxed")
             first_slot += groups * BLOCK
@@ -378,7 +419,8 @@ def gather(
             counts, parts, dense, whole, omega, flags, planar, entries, found, total,
             planes, channels, bound, bound_pred, groups,
             seg, instance_gt, instance_pred, center, false_gt, false_pred, proximity,
-            SEG, CENTER, CATEGORICAL, INVERSE, AVERAGE, REDUCTION, BY_PRED, SIDES, OWN, BOXES, CENTERS, BLOCK,
+            SEG, CENTER, CATEGORICAL, INVERSE, AVERAGE, REDUCTION, BY_PRED, BY_SIZE, SUMMED, SIDES, OWN, BOXES, CENTERS,
+            BLOCK,
         )  # fmt: skip
 
 
@@ -421,7 +463,7 @@ def _finish(
     planes, channels, bound, bound_pred, groups,
     seg, instance_gt, instance_pred, center, false_gt, false_pred, proximity,
     SEG: tl.constexpr, CENTER: tl.constexpr, CATEGORICAL: tl.constexpr, INVERSE: tl.constexpr,
-    AVERAGE: tl.constexpr, REDUCTION: tl.constexpr, BY_PRED: tl.constexpr,
+    AVERAGE: tl.constexpr, REDUCTION: tl.constexpr, BY_PRED: tl.constexpr, BY_SIZE: tl.constexpr, SUMMED: tl.constexpr,
     SIDES: tl.constexpr, OWN: tl.constexpr, BOXES: tl.constexpr, CENTERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All planes: sums over instances -> terms, and what the gradient needs of them."""
@@ -456,8 +498,8 @@ def _finish(
                     result = _put(found, 1, plane, planes, _pick(columns, SUM_GT) / rows_gt, inside, result, REDUCTION)
             else:
                 m = tl.minimum(tl.load(counts + planes + plane, mask=inside, other=0), bound_pred).to(tl.float64)
-                rows_gt = tl.maximum(n, 1.0)
-                rows_pred = tl.maximum(m, 1.0)
+                rows_gt = _pick(columns, WEIGHT_GT) if BY_SIZE else tl.maximum(n, 1.0)
+                rows_pred = _pick(columns, WEIGHT_PRED) if BY_SIZE else tl.maximum(m, 1.0)
                 if OWN:
                     gt = _pick(columns, SUM_GT)
                     pred = _pick(columns, SUM_PRED)
@@ -470,7 +512,8 @@ def _finish(
                     entries_pred += tl.sum(tl.where(inside, by, 0.0))
                     if BOXES:
                         pull = _pick(columns, PULL_PRED) - _pick(columns, PULL_GT)
-                        result = _put(found, 6, plane, planes, pull * pull, inside, result, REDUCTION)
+                        push = _pick(columns, PULL_PRED) + _pick(columns, PULL_GT) if SUMMED else pull * pull
+                        result = _put(found, 6, plane, planes, push, inside, result, REDUCTION)
                 if CENTERS:
                     hit, power, drawn, v = center_sums(
                         _pick(columns, DRAWN), _pick(columns, HIT), _pick(columns, STRAY)
