@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 import triton
-from fastinstance_kernels import engine, label, launch
+from fastinstance_kernels import engine, label, launch, regions
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -253,6 +253,17 @@ def engine_variants() -> Iterator[Variant]:
             yield variant
 
 
+def region_variants() -> Iterator[Variant]:
+    """The kernels of Voronoi regions: exact in float32 or not, and the pass that is not the last one."""
+    for name, size, spacing in (("2D", (256, 256), (1.0, 1.0)), ("3D, spacing", (64, 128, 128), (3.0, 1.0, 1.0))):
+        with recorded(name) as variants:
+            regions.nearest_label(torch.empty(4, *size, dtype=torch.int32, device="meta"), spacing)
+        yield from (
+            dataclasses.replace(variant, pixels=variant.constants["BLOCK"], name=f"{variant.name}, pass {number}")
+            for number, variant in enumerate(variants, 1)
+        )
+
+
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     """The compiled kernel; `.asm` holds every stage. Pointers are 16-byte aligned, as those of torch are."""
     signature = variant.signature()
@@ -332,7 +343,7 @@ def rows(variants: Iterable[Variant] | None = None, targets: Iterable[str] = tup
 
     "instructions per pixel" are those of one lane divided by the pixels it handles, loops counted once.
     """
-    variants = list((*label_variants(), *engine_variants()) if variants is None else variants)
+    variants = list((*label_variants(), *engine_variants(), *region_variants()) if variants is None else variants)
     return [row(variant, target) for variant in variants for target in targets]
 
 

@@ -7,6 +7,7 @@ touches no GPU and imports neither MONAI nor kornia.
 from . import functional
 from .backend import use_backend
 from .checks import debug_checks
+from .componentwise import CCLoss
 from .functional import BlobTerms, InstanceTerms, label
 from .graphs import make_graphed
 from .losses import (
@@ -24,12 +25,14 @@ from .losses import (
     ProximityLoss,
     TverskyLoss,
 )
+from .regions import voronoi
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlobLoss",
     "BlobTerms",
+    "CCLoss",
     "DetectionLoss",
     "DiceCELoss",
     "DiceLoss",
@@ -48,4 +51,5 @@ __all__ = [
     "label",
     "make_graphed",
     "use_backend",
+    "voronoi",
 ]

@@ -14,19 +14,29 @@ from .pixel import Pointwise, cost_of
 __all__ = [
     "DenseSums",
     "InstanceSums",
+    "Segments",
     "instance_sums",
 ]
 
 _BLOCK = 1 << 18  # pixels worked on at once: the temporaries stay in cache
 
 
+class Segments(NamedTuple):
+    """A partition of all planes into segments, as runs of consecutive pixels of one segment."""
+
+    start: Tensor  # [R] int64, ascending flat index of the first pixel of each run, the first of them 0
+    row: Tensor  # [R] int64, the segment of each run
+    rows: int  # number of segments
+
+
 class DenseSums(NamedTuple):
-    """A request for the sums Σ P·G, Σ P^k, Σ v over each whole plane."""
+    """A request for the sums Σ P·G, Σ P^k, Σ v over each whole plane, or each of its segments."""
 
     target: Tensor  # [G] int64, ascending flat indices of the pixels with G = 1
     squared: bool
     pointwise: Pointwise | None
     positives_only: bool = False  # v counts where G = 1 only
+    segments: Segments | None = None
 
 
 class InstanceSums(NamedTuple):
@@ -54,7 +64,8 @@ def instance_sums(
         instances: request over instances; its columns are Σp, then Σp² if `squared`, then Σv if `pointwise`.
 
     Returns:
-        One `[planes, 3]` float64 table per dense request (columns Σ P·G, Σ P^k, Σ v) and one `[rows, columns]`
+        One `[planes, 3]` or `[segments, 3]` float64 table per dense request (columns Σ P·G, Σ P^k, Σ v) and one
+        `[rows, columns]`
         float64 table per table of `instances`. The gradient with respect to `values` is analytic and gathered in one
         pass; a second derivative raises RuntimeError.
     """
@@ -69,6 +80,14 @@ class _Block(NamedTuple):
     pixels: slice  # of the flattened planes
     target: Tensor  # positions of the pixels with G = 1 within the block
     target_plane: Tensor  # and the plane of each, counted from the first plane of the block
+
+    def runs(self, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the runs in the block: row and length, and the run of each pixel with G = 1."""
+        ends = segments.start.new_tensor([self.pixels.start + 1, self.pixels.stop])
+        first, last = torch.searchsorted(segments.start, ends).tolist()
+        start = segments.start[first:last] - self.pixels.start
+        edges = torch.cat([start.new_zeros(1), start, start.new_tensor([self.pixels.stop - self.pixels.start])])
+        return segments.row[first - 1 : last], edges.diff(), torch.searchsorted(start, self.target, right=True)
 
     def by_plane(self, pixels: Tensor) -> Tensor:
         return pixels.view(self.planes.stop - self.planes.start, -1)
@@ -105,6 +124,29 @@ def _wrong_and_cost(x: Tensor, target: Tensor, logits: bool, with_cost: bool) ->
     return wrong, cost.scatter_(0, target, F.softplus(-positives, threshold=exact_from))
 
 
+def _segment_sums(block: _Block, w: Tensor, c: Tensor | None, request: DenseSums, table: Tensor) -> None:
+    """Add the sums of one block to the rows of its segments."""
+    assert request.segments is not None
+    row, length, run = block.runs(request.segments)
+    missed = w.index_select(0, block.target)
+    power = 2 if request.squared else 1
+
+    def over_runs(values: Tensor) -> Tensor:
+        return torch.segment_reduce(values.double(), "sum", lengths=length)
+
+    def over_positives(values: Tensor) -> Tensor:
+        return torch.bincount(run, values.double(), len(row))
+
+    columns = [
+        over_positives(1 - missed),
+        over_runs(w if power == 1 else w.square()) + over_positives((1 - missed) ** power - missed**power),
+    ]
+    if request.pointwise is not None and c is not None:
+        columns.append(over_runs(request.pointwise(w, c)))
+    for column, sums in zip(table.unbind(1), columns, strict=False):
+        column += torch.bincount(row, sums, len(table))
+
+
 class _DensePart(NamedTuple):
     """What the gradient of a dense request needs of one block."""
 
@@ -116,12 +158,18 @@ class _DensePart(NamedTuple):
 def _dense_sums(values: Tensor, logits: bool, request: DenseSums, keep: bool) -> tuple[Tensor, list[_DensePart]]:
     """The sums of one dense request, and what its gradient needs if that is to be kept."""
     planes, pixels = values.shape
-    table = values.new_zeros((planes, 3), dtype=torch.float64)
+    segments = request.segments
+    table = values.new_zeros((planes if segments is None else segments.rows, 3), dtype=torch.float64)
     power = 2 if request.squared else 1
     parts = []
     for block in _blocks(planes, pixels, request.target):
         x = values.view(-1)[block.pixels]
         w, c = _wrong_and_cost(x, block.target, logits, request.pointwise is not None)
+        if keep:
+            parts.append(_DensePart(block, w, c))
+        if segments is not None:
+            _segment_sums(block, w, c, request, table)
+            continue
         missed = w.index_select(0, block.target)  # w where G = 1, where p = 1 - w
         rows = table[block.planes]
         rows[:, 0] += block.sum_positives(1 - missed)
@@ -132,8 +180,6 @@ def _dense_sums(values: Tensor, logits: bool, request: DenseSums, keep: bool) ->
                 rows[:, 2] += block.sum_positives(request.pointwise(missed, c.index_select(0, block.target)))
             else:
                 rows[:, 2] += block.by_plane(request.pointwise(w, c)).sum(1)
-        if keep:
-            parts.append(_DensePart(block, w, c))
     return table, parts
 
 
@@ -143,8 +189,16 @@ def _dense_gradient(
     """Write upstream [planes, 3] · ∂(sums)/∂values into `gradient` [planes · P]."""
     to_sums = upstream.to(gradient.dtype)
     for block, w, c in parts:
-        rows, out = to_sums[block.planes], gradient[block.pixels]
-        _, to_pred, to_pointwise = rows[:, :, None].unbind(1)
+        out = gradient[block.pixels]
+        if request.segments is None:
+            rows, of_positive = to_sums[block.planes], block.target_plane
+            _, to_pred, to_pointwise = rows[:, :, None].unbind(1)
+        else:
+            row, length, of_positive = block.runs(request.segments)
+            rows = to_sums.index_select(0, row)
+            _, to_pred, to_pointwise = (
+                block.by_plane(column.repeat_interleave(length, output_size=len(out))) for column in rows.unbind(1)
+            )
         dp = w - w.square() if logits else torch.ones_like(w)
         dv = None
         if request.pointwise is not None and c is not None:
@@ -155,7 +209,7 @@ def _dense_gradient(
         if dv is not None and not request.positives_only:
             block.by_plane(out).addcmul_(block.by_plane(dv), to_pointwise)
 
-        to_intersection, to_pred, to_pointwise = rows.index_select(0, block.target_plane).unbind(1)
+        to_intersection, to_pred, to_pointwise = rows.index_select(0, of_positive).unbind(1)
         missed = w.index_select(0, block.target)
         to_p = to_intersection + to_pred * (2 - 2 * missed if request.squared else 1)
         slope = to_p * dp.index_select(0, block.target)

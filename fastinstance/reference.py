@@ -809,3 +809,74 @@ def blob_terms(
     else:
         blob = reduce_planes(means, reduction)
     return BlobTerms(seg=reduce_planes(pixel_terms(batch, pixel_loss, softmax), reduction), blob=blob)
+
+
+def voronoi(labels: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
+    """The id of the nearest component at every pixel of `labels` `[*S]`, 0 everywhere if there is none.
+
+    Of equally near pixels of components, the first in raster order counts.
+    """
+    size = [1.0] * labels.ndim if spacing is None else list(spacing)
+    seeds = labels.nonzero().tolist()
+    regions = torch.zeros_like(labels)
+    for pixel in torch.ones_like(labels).nonzero().tolist() if seeds else []:
+        nearest = min(
+            seeds, key=lambda seed: sum(((x - y) * s) ** 2 for x, y, s in zip(pixel, seed, size, strict=True))
+        )
+        regions[tuple(pixel)] = labels[tuple(nearest)]
+    return regions
+
+
+def cc_entries(plane: Plane, regions: Tensor, loss: Callable[[Image, Tensor], Tensor]) -> list[Tensor]:
+    """The loss on every region of a plane (Jaus 2024, Bouteille 2025); a plane without a region is one."""
+    entries = []
+    for k in ids_in(regions):
+        image = plane.image.restricted_to(plane.image.valid & (regions == k))
+        entries.append(loss(image, plane.y & (regions == k)) + plane.image.zero())
+    return entries or [loss(plane.image, plane.y) + plane.image.zero()]
+
+
+def cc_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    pixel_loss: Loss = "dicece",
+    average: Average = "instance",
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    connectivity: int | None = None,
+    spacing: Sequence[float] | None = None,
+    reduction: Reduction = "mean",
+    target_labels: Tensor | None = None,
+    target_regions: Tensor | None = None,
+    valid_mask: Tensor | None = None,
+) -> Tensor:
+    """CC loss: the mean of the pixel loss over the Voronoi regions of the components. Arguments as `instance_terms`."""
+    batch = planes_of(
+        input,
+        target,
+        include_background=include_background,
+        to_onehot_y=to_onehot_y,
+        sigmoid=sigmoid,
+        softmax=softmax,
+        other_act=other_act,
+        threshold=0.5,
+        connectivity=connectivity,
+        min_size=0,
+        target_labels=target_labels,
+        valid_mask=valid_mask,
+    )
+    entries = []
+    for b, planes in enumerate(batch):
+        row = []
+        for c, plane in enumerate(planes, 0 if include_background else 1):
+            given = target_regions
+            regions = voronoi(plane.t, spacing) if given is None else given[b, c] * plane.image.valid
+            row.append(cc_entries(plane, regions, plane_loss(pixel_loss)))
+        entries.append(row)
+    weights = [[[1.0] * len(plane) for plane in row] for row in entries]
+    divisors = [[float(len(plane)) for plane in row] for row in entries]
+    return reduce_entries(entries, weights, divisors, average, reduction)

@@ -16,11 +16,12 @@ ROOT = Path(__file__).parent.parent
 # A module may import from the layers above its own in this list (and from its own).
 LAYERS = [
     {"backend", "boxes", "checks", "fused", "graphs", "pixel"},
-    {"components", "ops", "planes"},
+    {"components", "ops", "planes", "regions"},
     {"partition"},
     {"terms"},
     {"functional", "reference"},
     {"losses", "testing"},
+    {"componentwise"},
     {"study.brain"},
     {"study.demo"},
     {"__main__"},

@@ -6,5 +6,6 @@ CUDA graph.
 """
 
 from .label import label_planes
+from .regions import nearest_label
 
-__all__ = ["label_planes"]
+__all__ = ["label_planes", "nearest_label"]

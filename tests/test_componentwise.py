@@ -1,0 +1,192 @@
+"""Voronoi regions, CC loss and the losses of components equal their loop references, and values worked by hand."""
+
+from __future__ import annotations
+
+import builtins
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastinstance
+from fastinstance import reference
+from fastinstance.testing import FLOATS, assert_close, check_loss, pattern, scenes
+from tests.test_terms import LOSSES, Case, cases, dice, float64, row
+
+EXAMPLES = settings().max_examples
+
+
+@settings(max_examples=2 * EXAMPLES)
+@given(scenes(labels=True, spacing=True, channels=(1, 2)), st.booleans())
+def test_regions_equal_the_reference(scene: Any, components: bool) -> None:
+    """Ids of components, or drawn ones that may touch; ties included."""
+    labels = fastinstance.label(scene.target)[0] if components or scene.target_labels is None else scene.target_labels
+    found = fastinstance.voronoi(labels, scene.spacing)
+    assert found.dtype == labels.dtype
+    for b, c in reference.batch_and_channel(labels):
+        assert torch.equal(found[b, c], reference.voronoi(labels[b, c], scene.spacing))
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0), (2.5, 0.7)])
+def test_regions_are_nearest_by_the_exact_transform(spacing: tuple[float, float]) -> None:
+    """Every pixel is as far from its own component as SciPy's transform says that the nearest is."""
+    from scipy.ndimage import distance_transform_edt
+
+    labels, _ = fastinstance.label(torch.rand(1, 1, 60, 83, generator=torch.Generator().manual_seed(0)) > 0.97)
+    regions = fastinstance.voronoi(labels, spacing)
+    nearest = distance_transform_edt(labels[0, 0].numpy() == 0, spacing)
+    own = np.full((60, 83), np.inf)
+    for k in range(1, int(labels.max()) + 1):
+        distance = distance_transform_edt(labels[0, 0].numpy() != k, spacing)
+        own = np.where(regions[0, 0].numpy() == k, distance, own)
+    np.testing.assert_allclose(own, nearest, rtol=1e-12)
+
+
+def test_regions_on_a_line() -> None:
+    """The pixel in the middle belongs to the first of its neighbours, and no region ends at the border of another plane."""
+    labels = torch.tensor([[0, 7, 0, 0, 0, 3, 0], [0, 0, 0, 0, 0, 0, 0]])[:, None, None]
+    assert fastinstance.voronoi(labels).tolist() == [[[[7, 7, 7, 7, 3, 3, 3]]], [[[0] * 7]]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "spacing", "error", "message"),
+    [
+        ([[1]], None, TypeError, "expected labels to be a tensor, got list"),
+        (torch.zeros(1, 1, 2, 2), None, TypeError, "expected labels of an integer dtype, got torch.float32"),
+        (torch.zeros(2, 2, dtype=torch.int32), None, ValueError, r"expected labels \[B,C,H,W\]"),
+        (torch.full((1, 1, 2, 2), -1), None, ValueError, "expected labels >= 0, got -1; 0 is background"),
+        (torch.zeros(1, 1, 2, 2, dtype=torch.int32), (1, 2, 3), ValueError, "expected spacing to be a positive number"),
+    ],
+)
+def test_errors_of_voronoi(labels: Any, spacing: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fastinstance.voronoi(labels, spacing)
+
+
+def test_regions_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = builtins.__import__
+
+    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("scipy"):
+            raise ImportError(name)
+        return load(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ImportError, match="pip install scipy, or pass regions computed elsewhere as target_regions="):
+        fastinstance.voronoi(torch.ones(1, 1, 2, 2, dtype=torch.int32))
+
+
+CC_OPTIONS = ("average", "connectivity", "spacing", "pixel_loss", "reduction")
+IMAGE_OPTIONS = ("include_background", "to_onehot_y", "sigmoid", "softmax", "other_act")
+
+
+@st.composite
+def cc_cases(draw: st.DrawFn, **options: Any) -> Case:
+    """Cases of CC loss, half of them with drawn regions, in which 0 belongs to none."""
+    case = draw(cases(**options))
+    kept = {name: case.options[name] for name in CC_OPTIONS + IMAGE_OPTIONS if name in case.options}
+    if draw(st.booleans()):
+        seed = draw(st.integers(0, 100))
+        shape, few = case.scene.input.shape, draw(st.sampled_from((1, 3, 9)))
+        ids = torch.randint(few, shape, generator=torch.Generator().manual_seed(seed))
+        kept["target_regions"] = ids * draw(st.sampled_from((1, 100_003)))
+    return Case(case.scene, kept)
+
+
+def value_and_gradient(function: Any, case: Case, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    leaf = case.scene.leaf() if dtype is None else case.scene.input.detach().to(dtype).requires_grad_()
+    value = function(leaf, case.scene.target)
+    upstream = torch.linspace(1, 2, value.numel()).to(value).view_as(value)
+    return value.detach(), torch.autograd.grad(value, leaf, upstream)[0]
+
+
+def check_module(module: Any, function: Any, case: Case, call: dict[str, Any]) -> None:
+    """A module with the case's options equals the loop reference in value and gradient."""
+    loss = module(**case.options)
+    found = value_and_gradient(lambda x, y: loss(x, y, **call), case)
+    expected = value_and_gradient(lambda x, y: function(x, y, **case.options, **call), case, torch.float64)
+    for got, want in zip(found, expected, strict=True):
+        wide = case.scene.input.dtype == torch.float64
+        tolerances = {} if wide else {"relative_to": "largest", "atol": 1e-5 * (1 + float(expected[0].abs().amax()))}
+        assert_close(got, want, **tolerances)
+
+
+def check_cc(case: Case) -> None:
+    images = {name: value for name, value in case.scene.kwargs.items() if value is not None}
+    if (regions := case.options.pop("target_regions", None)) is not None:
+        images["target_regions"] = regions
+    check_module(fastinstance.CCLoss, reference.cc_loss, case, images)
+
+
+@settings(max_examples=2 * EXAMPLES)
+@given(cc_cases())
+def test_cc_loss_equals_the_reference(case: Case) -> None:
+    check_cc(case)
+
+
+@settings(max_examples=EXAMPLES // 3)
+@given(cc_cases(dtypes=tuple(dtype for dtype in FLOATS if dtype != torch.float64)))
+def test_cc_loss_in_lower_precision(case: Case) -> None:
+    if "other_act" in case.options:
+        case.options["other_act"] = lambda x: torch.sigmoid(2 * x.float() - 0.5).to(x.dtype)
+    check_cc(case)
+
+
+def test_cc_loss_by_hand() -> None:
+    """Two components and a false positive; the regions are x < 4 and x >= 4. An empty plane is one region."""
+    p, y = row(0.8, 0, 0.3, 0, 0.1, 0.6, 0, 0), row(1, 0, 0, 0, 0, 0, 1, 1)
+    both = [dice(0.8, 1.1, 1), dice(0, 0.7, 2)]
+    loss = fastinstance.CCLoss(pixel_loss="dice")
+    assert_close(loss(p, y), float64(sum(both) / 2))
+    two, empty = torch.cat([p, p]), torch.cat([y, 0 * y])
+    each = {"instance": (sum(both) + dice(0, 1.8, 0)) / 3, "image": (sum(both) / 2 + dice(0, 1.8, 0)) / 2}
+    for average, want in each.items():
+        assert_close(fastinstance.CCLoss(pixel_loss="dice", average=average)(two, empty), float64(want))
+
+
+def test_cc_loss_takes_regions_as_labels() -> None:
+    """Regions computed beforehand give the same; they are not computed again."""
+    target = pattern("specks", (12, 40))[None, None]
+    logits = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
+    regions = fastinstance.voronoi(fastinstance.label(target)[0])
+    loss = fastinstance.CCLoss(sigmoid=True)
+    assert torch.equal(loss(logits, target), loss(logits, target, target_regions=regions))
+    one = fastinstance.DiceCELoss(sigmoid=True)(logits, target)
+    assert_close(loss(logits, target, target_regions=torch.ones_like(regions)), one)
+
+
+def test_large_segments() -> None:
+    """Regions that begin in one block of the sums and end in another."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.rand(3, 1, 300, 1000, generator=generator) > 0.9
+    logits = torch.randn(target.shape, generator=generator, dtype=torch.float64)
+    regions = torch.ones_like(target, dtype=torch.int64)
+    regions[1, :, 150:] = 2
+    parts = [logits[0], logits[1, :, :150], logits[1, :, 150:], logits[2]]
+    truths = [target[0], target[1, :, :150], target[1, :, 150:], target[2]]
+    single = fastinstance.DiceCELoss(sigmoid=True)
+    values = torch.stack([single(x[None], y[None]) for x, y in zip(parts, truths, strict=True)])
+    assert_close(fastinstance.CCLoss(sigmoid=True)(logits, target, target_regions=regions), values.mean())
+
+
+@pytest.mark.parametrize(
+    ("regions", "error", "message"),
+    [
+        (3, TypeError, "expected target_regions to be a tensor, got int"),
+        (torch.ones(1, 1, 2, 2), TypeError, "expected target_regions of an integer dtype, got torch.float32"),
+        (torch.ones(1, 2, 2, dtype=torch.int32), ValueError, r"expected target_regions \[B,C,\*S\] = \(1, 1, 2, 2\)"),
+        (torch.ones(1, 1, 2, 2, dtype=torch.int32, device="meta"), ValueError, "on the device of input, cpu, got meta"),
+    ],
+)
+def test_errors_of_regions(regions: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fastinstance.CCLoss()(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), target_regions=regions)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_check_loss(loss: str) -> None:
+    check_loss(fastinstance.CCLoss(pixel_loss=loss, sigmoid=True))

@@ -1,0 +1,40 @@
+"""The kernels of Voronoi regions compile for every target, without a GPU or a driver, and keep their work in registers."""
+
+from __future__ import annotations
+
+import pytest
+from fastinstance_kernels import regions
+
+from bench import aot
+
+VARIANTS = {variant.name: variant for variant in aot.region_variants()}
+
+
+def test_every_kernel_is_in_the_table() -> None:
+    assert [variant.kernel.fn.__name__ for variant in VARIANTS.values()] == [
+        "walk",
+        "spread",
+        "walk",
+        "spread",
+        "spread",
+    ]
+
+
+@pytest.mark.parametrize("kernel", [regions.walk, regions.spread])
+def test_numbers_are_not_specialised(kernel: object) -> None:
+    """Neither 1 nor a multiple of 16 gets a kernel of its own."""
+    (signature, *_) = [variant.signature() for variant in VARIANTS.values() if variant.kernel is kernel]
+    numbers = [p for p in kernel.params if signature[p.name] in ("i32", "fp32")]  # pyright: ignore[reportAttributeAccessIssue]
+    assert numbers
+    assert all(parameter.do_not_specialize for parameter in numbers)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiled_code(name: str, target: str) -> None:
+    code = aot.compile_variant(VARIANTS[name], aot.TARGETS[target])
+    resources = (aot.amd_resources if target == "gfx942" else aot.nvidia_resources)(code)
+    assert resources["spills"] == 0
+    assert resources["registers"] <= 64
+    assert resources["shared bytes"] <= 64
+    assert resources["atomics"] == 0
