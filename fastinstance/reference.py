@@ -820,10 +820,8 @@ def voronoi(labels: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
     seeds = labels.nonzero().tolist()
     regions = torch.zeros_like(labels)
     for pixel in torch.ones_like(labels).nonzero().tolist() if seeds else []:
-        nearest = min(
-            seeds, key=lambda seed: sum(((x - y) * s) ** 2 for x, y, s in zip(pixel, seed, size, strict=True))
-        )
-        regions[tuple(pixel)] = labels[tuple(nearest)]
+        distances = [sum(((x - y) * s) ** 2 for x, y, s in zip(pixel, seed, size, strict=True)) for seed in seeds]
+        regions[tuple(pixel)] = labels[tuple(seeds[distances.index(min(distances))])]
     return regions
 
 

@@ -1,4 +1,4 @@
-"""The kernels of Voronoi regions compile for every target, without a GPU or a driver, and keep their work in registers."""
+"""The kernels of Voronoi regions compile for every target, without a GPU, and work in registers."""
 
 from __future__ import annotations
 

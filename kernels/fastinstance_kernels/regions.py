@@ -1,17 +1,17 @@
 """Voronoi regions: the nearest labelled pixel of every pixel, exactly, one axis after the other.
 
-The nearest pixel of an image is the nearest among those that are nearest within their own lines along the last axis that
-was worked on: so a pass along each axis finds it, and nothing is approximated. (Jump flooding would take twice the
-passes, and need a repair.) What is kept of a pixel is its best candidate so far:
+The nearest pixel of an image is the nearest among those that are nearest within their own lines along the last axis
+that was worked on: so a pass along each axis finds it, and nothing is approximated. (Jump flooding would take more
+passes, and a repair.) What is kept of a pixel is its best candidate so far:
 
     distance  float32 or float64 [planes, pixels]  squared, infinite where there is none
     nearest   int32 [planes, pixels]               index of the candidate in its plane, NOWHERE where there is none
 
-Candidates are ordered by distance, then by index, which no order of work changes: the first in raster order wins. Squared
-distances are integers when all axes have the same spacing, exact in float32 up to 2^24 and in float64 beyond.
+Candidates are ordered by distance, then by index, which no order of work changes: the first in raster order wins.
+Squared distances are integers when all axes have the same spacing, exact in float32 up to 2^24 and in float64 beyond.
 
-The first pass walks along lines; the others look at both sides of a pixel, farther and farther, until what is left is too
-far away for all pixels of the program.
+The first pass walks along lines; the others look at both sides of a pixel, farther and farther, until what is left is
+too far away for all pixels of the program.
 """
 
 # Compile-time parameters are annotated tl.constexpr and take Python values; launch options are no parameters.

@@ -1,4 +1,4 @@
-"""Voronoi regions in Triton's interpreter, equal to SciPy's exact transform with the same choice among the equally near."""
+"""Voronoi regions in Triton's interpreter: SciPy's exact transform, with the same choice among the equally near."""
 
 from __future__ import annotations
 
@@ -53,8 +53,9 @@ def test_sizes(shape: tuple[int, ...], pixels: int) -> None:
     check(labels, (2.0,) + (1.0,) * (len(shape) - 1))
 
 
-def test_beyond_float32() -> None:
-    """The sides are so long that a squared distance has no place in float32: 3000² + 2900² > 2^24."""
-    labels = torch.zeros(1, 1, 2, 4097, dtype=torch.int32)
-    labels[..., 0, 0], labels[..., 1, 4096] = 1, 2
-    check(labels)
+def test_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the sides are so long that squared distances have no place in float32."""
+    from fastinstance_kernels import regions
+
+    monkeypatch.setattr(regions, "EXACT_IN_FLOAT32", 0)
+    check(fastinstance.label(pattern("specks", (9, 33))[None, None])[0])
