@@ -7,7 +7,7 @@ touches no GPU and imports neither MONAI nor kornia.
 from . import functional
 from .backend import use_backend
 from .checks import debug_checks
-from .componentwise import CCLoss
+from .componentwise import CCLoss, ComponentMILLoss, ComponentTverskyLoss, LesionRecallLoss
 from .functional import BlobTerms, InstanceTerms, label
 from .graphs import make_graphed
 from .losses import (
@@ -33,6 +33,8 @@ __all__ = [
     "BlobLoss",
     "BlobTerms",
     "CCLoss",
+    "ComponentMILLoss",
+    "ComponentTverskyLoss",
     "DetectionLoss",
     "DiceCELoss",
     "DiceLoss",
@@ -44,6 +46,7 @@ __all__ = [
     "InstanceLoss",
     "InstanceTerms",
     "InverseWeightedDiceLoss",
+    "LesionRecallLoss",
     "ProximityLoss",
     "TverskyLoss",
     "debug_checks",

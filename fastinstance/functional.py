@@ -387,7 +387,7 @@ def evaluate(
         tables = list(_rows(part)) if by_instance else []
         areas = [_by_instance(torch.bincount(rows, minlength=n).double()) for rows, n in tables]
         if soft:  # a largest probability is a sum over one pixel
-            tables.append((part.missed_peaks(planes.values.detach()), part.target.real + 1))
+            tables.append((part.peaks(planes.values.detach(), part.missed), part.target.real + 1))
         if weighted:
             tables.append((part.raw_target.label, part.raw_target.real + 1))
         own = not {"instance_gt", "instance_pred", "proximity"}.isdisjoint(wanted)

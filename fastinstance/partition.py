@@ -91,23 +91,29 @@ class Partition:
             lower[side.real :, axis], upper[side.real :, axis] = length // 2 - 1, length // 2 + 2
         return lower, upper
 
-    def missed_peaks(self, values: Tensor) -> Tensor:
-        """[F] int64, row + 1 of each missed ground-truth instance at its pixel of the largest value, else 0.
+    @cached_property
+    def missed(self) -> Tensor:
+        """[N] bool, ground-truth instances that share no pixel with a predicted one."""
+        missed = torch.ones(self.target.real, dtype=torch.bool, device=self.pixels.device)
+        missed[self.pairs[0]] = False
+        return missed
+
+    def peaks(self, values: Tensor, wanted: Tensor) -> Tensor:
+        """[F] int64, row + 1 of each wanted ground-truth instance at its pixel of the largest value, else 0.
 
         Args:
             values: `[planes, P]` that grow with the probability. Of equal ones the first in raster order counts.
+            wanted: `[N]` bool.
         """
-        row = self.target.label
-        found = torch.zeros(self.target.real + 1, dtype=torch.bool, device=row.device)
-        found[self.pairs[0] + 1] = True
-        (place,) = torch.where((row > 0) & ~found[row])
-        row = row[place]
+        wanted = torch.cat([wanted.new_zeros(1), wanted])
+        (place,) = torch.where(wanted[self.target.label])
+        row = self.target.label[place]
         value = values.reshape(-1)[self.pixels[place]]
-        largest = value.new_full((len(found),), -math.inf).scatter_reduce_(0, row, value, "amax")
-        first = place.new_full((len(found),), len(self.pixels))  # beyond the list: found instances have none
+        largest = value.new_full((len(wanted),), -math.inf).scatter_reduce_(0, row, value, "amax")
+        first = place.new_full((len(wanted),), len(self.pixels))  # beyond the list: the others have none
         first.scatter_reduce_(0, row, torch.where(value == largest[row], place, len(self.pixels)), "amin")
         peaks = self.pixels.new_zeros(len(self.pixels) + 1)
-        peaks[first] = torch.arange(len(found), device=row.device)
+        peaks[first] = torch.arange(len(wanted), device=row.device)
         return peaks[:-1]
 
     def centroids(self, side: Side) -> Tensor:

@@ -878,3 +878,50 @@ def cc_loss(
     weights = [[[1.0] * len(plane) for plane in row] for row in entries]
     divisors = [[float(len(plane)) for plane in row] for row in entries]
     return reduce_entries(entries, weights, divisors, average, reduction)
+
+
+def component_tversky(
+    plane: Plane,
+    *,
+    alpha: float = 0.3,
+    beta: float = 0.7,
+    gamma: float = 1.0,
+    size_offset: float = 5.0,
+    background_weight: float = 0.1,
+    smooth: float = SMOOTH,
+) -> Tensor:
+    """Tversky loss with pixels weighted by (|n| + size_offset)^-gamma in component n (Luu & Pavlovskiy 2026)."""
+    p, y = plane.image.p, (plane.t > 0).to(plane.image.p.dtype)
+    weight = torch.full_like(p, background_weight)
+    for n in ids_in(plane.t):
+        weight[plane.t == n] = (int((plane.t == n).sum()) + size_offset) ** -gamma
+    true_positive = (weight * p * y).sum()
+    false_positive = (weight * p * (1 - y)).sum()
+    false_negative = (weight * (1 - p) * y).sum()
+    denominator = true_positive + alpha * false_positive + beta * false_negative
+    return 1 - (true_positive + smooth) / (denominator + smooth) + plane.image.zero()
+
+
+def component_mil(plane: Plane) -> list[Tensor]:
+    """-log of the largest probability of every component (Luu & Pavlovskiy 2026)."""
+    return [-largest(plane.image.log_p[plane.t == n]) for n in ids_in(plane.t)]
+
+
+def lesion_recall(plane: Plane) -> list[Tensor]:
+    """What each true component lacks of a mean probability of 1."""
+    return [1 - plane.image.p[plane.t == n].mean() for n in ids_in(plane.t)]
+
+
+def false_part(plane: Plane) -> list[Tensor]:
+    """The probability of each predicted component outside of the ground truth, over its pixels."""
+    return [plane.image.p[(plane.q == m) & (plane.t == 0)].sum() / int((plane.q == m).sum()) for m in ids_in(plane.q)]
+
+
+def mean_of_components(
+    batch: list[list[Plane]], entries: Callable[[Plane], list[Tensor]], average: Average, reduction: Reduction
+) -> Tensor:
+    """Mean of the entries of all planes or of each; 0 where there is none."""
+    found = [[[*entries(plane), plane.image.zero()] for plane in row] for row in batch]
+    weights = [[[1.0] * len(plane) for plane in row] for row in found]
+    divisors = [[float(len(plane) - 1) for plane in row] for row in found]
+    return reduce_entries(found, weights, divisors, average, reduction)

@@ -15,6 +15,7 @@ from torch import Tensor
 import fastinstance
 from fastinstance import reference
 from fastinstance.testing import FLOATS, assert_close, pattern, scenes
+from tests.test_modes import untied
 from tests.test_terms import Case, cases, dice, float64, row
 
 EXAMPLES = settings().max_examples
@@ -185,3 +186,129 @@ def test_large_segments() -> None:
 def test_errors_of_regions(regions: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fastinstance.CCLoss()(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), target_regions=regions)
+
+
+ALL_OPTIONS = (*IMAGE_OPTIONS, "connectivity", "min_size", "reduction")
+LOSSES: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "tversky": (
+        fastinstance.ComponentTverskyLoss,
+        {},
+        lambda batch, average, reduction: reference.reduce_planes(
+            reference.per_plane(batch, reference.component_tversky), reduction
+        ),
+    ),
+    "tversky with options": (
+        fastinstance.ComponentTverskyLoss,
+        {"alpha": 1.0, "beta": 0.2, "gamma": 0.5, "size_offset": 0.0, "background_weight": 2.0, "smooth": 0.1},
+        lambda batch, average, reduction: reference.reduce_planes(
+            reference.per_plane(
+                batch,
+                lambda plane: reference.component_tversky(
+                    plane, alpha=1.0, beta=0.2, gamma=0.5, size_offset=0.0, background_weight=2.0, smooth=0.1
+                ),
+            ),
+            reduction,
+        ),
+    ),
+    "mil": (
+        fastinstance.ComponentMILLoss,
+        {},
+        lambda batch, average, reduction: reference.mean_of_components(
+            batch, reference.component_mil, average, reduction
+        ),
+    ),
+    "recall": (
+        fastinstance.LesionRecallLoss,
+        {"false_positive": 0.5},
+        lambda batch, average, reduction: (
+            reference.mean_of_components(batch, reference.lesion_recall, average, reduction)
+            + 0.5 * reference.mean_of_components(batch, reference.false_part, average, reduction)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@settings(max_examples=EXAMPLES // 2)
+@given(data=st.data())
+def test_losses_of_components_equal_the_reference(name: str, data: st.DataObject) -> None:
+    module, options, oracle = LOSSES[name]
+    lower = data.draw(st.sampled_from((False, False, True)))
+    case = untied(data.draw(cases(dtypes=(torch.float32, torch.bfloat16) if lower else (torch.float64,))))
+    if lower and "other_act" in case.options:
+        case.options["other_act"] = lambda x: torch.sigmoid(2 * x.float() - 0.5).to(x.dtype)
+    average, reduction = case.options["average"], case.options["reduction"]
+    kept = {key: case.options[key] for key in ALL_OPTIONS if key in case.options}
+    images = {key: value for key, value in case.scene.kwargs.items() if value is not None}
+    defaults = {"include_background": True, "to_onehot_y": False, "sigmoid": False, "softmax": False, "other_act": None}
+    read = {**defaults, "target_labels": None, "valid_mask": None, "threshold": 0.5, **kept, **images}
+    read.pop("reduction")
+
+    def expected(input: Tensor, target: Tensor) -> Tensor:
+        return oracle(reference.planes_of(input, target, **read), average, reduction)
+
+    loss = module(**options, **kept, **({} if "tversky" in name else {"average": average}))
+    found = value_and_gradient(lambda x, y: loss(x, y, **images), case)
+    want = value_and_gradient(expected, case, torch.float64)
+    scale = 1e-5 * (1 + float(want[0].abs().amax()))
+    for got, value in zip(found, want, strict=True):
+        assert_close(got, value, **({"relative_to": "largest", "atol": scale} if lower else {}))
+
+
+def test_losses_of_components_by_hand() -> None:
+    p, y = row(0.8, 0.5, 0.2, 0.25, 0, 0.75, 0, 0), row(1, 1, 0, 1, 0, 0, 0, 1)
+    # Components of 2, 1 and 1 pixels; predicted are {0, 1} and {5}.
+    assert_close(fastinstance.LesionRecallLoss()(p, y), float64(1 - (0.65 + 0.25 + 0) / 3 + (0 + 0.75) / 2))
+    mil = -(np.log(0.8) + np.log(0.25) + np.log(1e-7)) / 3
+    assert_close(fastinstance.ComponentMILLoss()(p, y), float64(mil))
+    hit, false, missed = 1.3 / 7 + 0.25 / 6, 0.1 * 0.95, 0.7 / 7 + 1.75 / 6
+    tversky = 1 - (hit + 1e-5) / (hit + 0.3 * false + 0.7 * missed + 1e-5)
+    assert_close(fastinstance.ComponentTverskyLoss()(p, y), float64(tversky))
+
+
+def test_a_missed_component_is_pulled_up() -> None:
+    """Where the released term has no gradient: at the most likely pixel of each component, and nowhere else."""
+    p, y = row(0.8, 0.9, 0, 0.1, 0.2, 0.1), row(1, 1, 0, 1, 1, 1)
+    leaf = p.requires_grad_()
+    (grad,) = torch.autograd.grad(fastinstance.ComponentMILLoss()(leaf, y), leaf)
+    assert_close(grad, row(0, -0.5 / 0.9, 0, 0, -0.5 / 0.2, 0))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nan_is_not_lost(name: str, reduction: str) -> None:
+    """Not in a plane without a component either."""
+    module, options, _ = LOSSES[name]
+    x, y = torch.zeros(2, 1, 3, 4) - 1, torch.zeros(2, 1, 3, 4)
+    y[0, 0, 1, 1] = 1
+    x[1, 0, 2, 2] = float("nan")
+    value = module(**options, sigmoid=True, reduction=reduction)(x, y)
+    assert value.isnan().flatten().tolist() == ([False, True] if reduction == "none" else [True])
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (fastinstance.ComponentTverskyLoss, {"gamma": -1.0}, "expected gamma to be a finite number >= 0, got -1.0"),
+        (
+            fastinstance.LesionRecallLoss,
+            {"recall": float("inf")},
+            "expected recall to be a finite number >= 0",
+        ),
+        (fastinstance.ComponentMILLoss, {"average": "plane"}, "expected average to be one of 'instance', 'image'"),
+    ],
+)
+def test_errors_of_settings(module: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module(**options)
+
+
+def test_inverse_weighted_dice_per_component() -> None:
+    """Kundu 2026: the weights of a component are those of its own region."""
+    p, y = row(0.8, 0, 0.3, 0, 0.1, 0.6, 0, 0), row(1, 0, 0, 0, 0, 0, 1, 1)
+
+    def alone(p: Tensor, y: Tensor) -> Tensor:
+        return fastinstance.InverseWeightedDiceLoss()(p, y)
+
+    found = fastinstance.CCLoss(pixel_loss="inverse_weighted_dice")(p, y)
+    assert_close(found, (alone(p[..., :4], y[..., :4]) + alone(p[..., 4:], y[..., 4:])) / 2)
