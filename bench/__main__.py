@@ -1,4 +1,4 @@
-"""Command line: `python -m bench cpu|gpu|label|aot [--repeats N] [--out FILE.json]`."""
+"""Command line: `python -m bench cpu|gpu|label|losses|aot [--repeats N] [--out FILE.json]`, or `docs`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ def main() -> None:
     if sys.argv[1:2] in (["aot"], ["gpu"]):  # these have options of their own
         importlib.import_module(f".{sys.argv[1]}", __package__).main(sys.argv[2:])
         return
+    if sys.argv[1:] == ["docs"]:  # the tables of the documentation, from the latest figures
+        losses = importlib.import_module(".losses", __package__)
+        losses.DOCS.write_text(losses.write_docs())
+        return
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "name", choices=["cpu", "gpu", "label", "aot"], help="what to measure; gpu, aot: see -h after it"
+        "name", choices=["cpu", "gpu", "label", "losses", "aot"], help="what to measure; gpu, aot: see -h after it"
     )
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds (default 15)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -124,6 +125,21 @@ def _wrong_and_cost(x: Tensor, target: Tensor, logits: bool, with_cost: bool) ->
     return wrong, cost.scatter_(0, target, F.softplus(-positives, threshold=exact_from))
 
 
+def _sum_runs(values: Tensor, length: Tensor) -> Tensor:
+    """Sums over runs of so many consecutive pixels, none of them empty; float64."""
+    if values.device.type == "cpu":
+        start = (length.cumsum(0) - length).numpy()
+        return torch.from_numpy(np.add.reduceat(values.numpy(), start, dtype=np.float64))
+    return torch.segment_reduce(values.double(), "sum", lengths=length)
+
+
+def _repeat_runs(values: Tensor, length: Tensor, pixels: int) -> Tensor:
+    """A value per run -> a value per pixel."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.repeat(values.numpy(), length.numpy()))
+    return values.repeat_interleave(length, output_size=pixels)
+
+
 def _segment_sums(block: _Block, w: Tensor, c: Tensor | None, request: DenseSums, table: Tensor) -> None:
     """Add the sums of one block to the rows of its segments."""
     assert request.segments is not None
@@ -131,18 +147,15 @@ def _segment_sums(block: _Block, w: Tensor, c: Tensor | None, request: DenseSums
     missed = w.index_select(0, block.target)
     power = 2 if request.squared else 1
 
-    def over_runs(values: Tensor) -> Tensor:
-        return torch.segment_reduce(values.double(), "sum", lengths=length)
-
     def over_positives(values: Tensor) -> Tensor:
         return torch.bincount(run, values.double(), len(row))
 
     columns = [
         over_positives(1 - missed),
-        over_runs(w if power == 1 else w.square()) + over_positives((1 - missed) ** power - missed**power),
+        _sum_runs(w if power == 1 else w.square(), length) + over_positives((1 - missed) ** power - missed**power),
     ]
     if request.pointwise is not None and c is not None:
-        columns.append(over_runs(request.pointwise(w, c)))
+        columns.append(_sum_runs(request.pointwise(w, c), length))
     for column, sums in zip(table.unbind(1), columns, strict=False):
         column += torch.bincount(row, sums, len(table))
 
@@ -196,8 +209,8 @@ def _dense_gradient(
         else:
             row, length, of_positive = block.runs(request.segments)
             rows = to_sums.index_select(0, row)
-            _, to_pred, to_pointwise = (
-                block.by_plane(column.repeat_interleave(length, output_size=len(out))) for column in rows.unbind(1)
+            to_pred, to_pointwise = (
+                block.by_plane(_repeat_runs(column, length, len(out))) for column in rows[:, 1:].T.contiguous()
             )
         dp = w - w.square() if logits else torch.ones_like(w)
         dv = None

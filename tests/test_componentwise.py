@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -312,3 +316,28 @@ def test_inverse_weighted_dice_per_component() -> None:
 
     found = fastinstance.CCLoss(pixel_loss="inverse_weighted_dice")(p, y)
     assert_close(found, (alone(p[..., :4], y[..., :4]) + alone(p[..., 4:], y[..., 4:])) / 2)
+
+
+PEER = """
+import torch, fastinstance
+from fastinstance.testing import pattern
+generator = torch.Generator().manual_seed(0)
+target = torch.rand(1, 1, 12, 14, 16, generator=generator) > 0.99
+for axis in (2, 3, 4):
+    target |= target.roll(1, axis)
+predicted = target.roll(1, 3) | (torch.rand(target.shape, generator=generator) > 0.995)
+ours = 1 - fastinstance.CCLoss(pixel_loss=fastinstance.DiceLoss(smooth_nr=0, smooth_dr=0))(predicted.double(), target)
+from CCMetrics import CCDiceMetric  # turns gradients off for the whole process
+metric = CCDiceMetric(cc_reduction="patient", use_caching=False)
+# Axes in reverse: so it chooses among equally near components as we do.
+one_hot = [torch.cat([~mask, mask], 1).permute(0, 1, 4, 3, 2).float() for mask in (predicted, target)]
+metric(*one_hot)
+assert fastinstance.label(target)[1] > 5
+torch.testing.assert_close(ours.item(), float(metric.cc_aggregate().mean()), rtol=1e-6, atol=0)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("CCMetrics") is None, reason="needs CCMetrics (pip install CCMetrics)")
+def test_cc_loss_equals_cc_metrics() -> None:
+    """On binary predictions the CC loss of Dice is 1 - CC-Dice of the metric's authors."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", PEER], check=True, cwd=Path(__file__).parent.parent)
