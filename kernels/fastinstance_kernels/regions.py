@@ -29,7 +29,9 @@ from . import launch
 
 NOWHERE = tl.constexpr(2**31 - 1)
 LINES = 32
-PIXELS = 128
+PIXELS = 64
+STEPS = tl.constexpr(4)
+"""Offsets between two looks at whether all pixels are done."""
 EXACT_IN_FLOAT32 = 2**24
 
 
@@ -77,13 +79,9 @@ def walk(labels, distance, nearest, length, inner, blocks, spacing, spacing_rest
 def _better(distance, nearest, best, index, at, there, added):
     """The better of a pixel's candidate and that of the pixels `at`, `added` further away."""
     other = tl.load(distance + at, mask=there, other=float("inf")) + added
-    nearer = other < best
-    if tl.max((there & (other <= best)).to(tl.int32)) > 0:
-        candidate = tl.load(nearest + at, mask=there & (other <= best), other=NOWHERE)
-        nearer = nearer | ((other == best) & (candidate < index))
-        index = tl.where(nearer, candidate, index)
-        best = tl.where(nearer, other, best)
-    return best, index
+    candidate = tl.load(nearest + at, mask=there & (other <= best), other=NOWHERE)
+    nearer = (other < best) | ((other == best) & (candidate < index))
+    return tl.where(nearer, other, best), tl.where(nearer, candidate, index)
 
 
 @triton.jit(do_not_specialize=["pixels", "length", "inner", "blocks", "spacing", "spacing_rest"])
@@ -97,19 +95,22 @@ def spread(
     pixel = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels
     first = plane * pixels
+    distance += first  # indices inside of a plane have 32 bits
+    nearest += first
     place = pixel // inner % length
-    best = tl.load(distance + first + pixel, mask=inside, other=0.0)
-    index = tl.load(nearest + first + pixel, mask=inside, other=NOWHERE)
+    best = tl.load(distance + pixel, mask=inside, other=0.0)
+    index = tl.load(nearest + pixel, mask=inside, other=NOWHERE)
     offset = tl.full([], 1, tl.int32)
     added = _squared(offset, distance, spacing, spacing_rest)
     # Ends: no offset reaches beyond the line, and farther than the best nothing counts.
     while tl.max((inside & (added <= best) & (offset < length)).to(tl.int32)) > 0:
-        lower = inside & (place >= offset)
-        best, index = _better(distance, nearest, best, index, first + pixel - offset * inner, lower, added)
-        upper = inside & (place + offset < length)
-        best, index = _better(distance, nearest, best, index, first + pixel + offset * inner, upper, added)
-        offset += 1
-        added = _squared(offset, distance, spacing, spacing_rest)
+        for _ in tl.static_range(STEPS):
+            lower = inside & (place >= offset)
+            best, index = _better(distance, nearest, best, index, pixel - offset * inner, lower, added)
+            upper = inside & (place + offset < length)
+            best, index = _better(distance, nearest, best, index, pixel + offset * inner, upper, added)
+            offset += 1
+            added = _squared(offset, distance, spacing, spacing_rest)
     if LAST:
         label = tl.load(labels + first + index, mask=inside & (index != NOWHERE), other=0)
         tl.store(regions + first + pixel, label, mask=inside)
@@ -156,7 +157,7 @@ def nearest_label(labels: torch.Tensor, spacing: Sequence[float]) -> torch.Tenso
             found = (None, None) if last else (empty(real), empty(torch.int32))
             spread[launch.programs(planes, blocks)](
                 labels, distance, nearest, *found, regions, pixels, size[axis], inner, blocks, *parts[axis],
-                LAST=last, BLOCK=PIXELS, num_warps=4,
+                LAST=last, BLOCK=PIXELS, num_warps=1,
             )  # fmt: skip
             if not last:
                 distance, nearest = found
