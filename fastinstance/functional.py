@@ -6,8 +6,10 @@ The arguments that all functions share are described in `instance_terms`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ from .checks import (
 from .components import foreground, label_planes
 from .fused import fused_terms
 from .ops import DenseSums, InstanceSums, instance_sums
+from .parallel import ProcessGroup, check_process_group, global_factors, report_failure, resolve_group
 from .partition import Partition, partition
 from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums, resolve
 from .planes import Planes, activate, to_planes
@@ -60,6 +63,9 @@ class Settings:
     pred_normalizer: str = "pred"
     reduction: str = "mean"
     max_instances: int | None = None
+    process_group: ProcessGroup = None
+    words: str = field(default="", init=False, repr=False, compare=False)
+    """With a process group: the settings as every rank would write them, without addresses."""
 
     def __post_init__(self) -> None:
         check_activation(sigmoid=self.sigmoid, softmax=self.softmax, other_act=self.other_act)
@@ -69,8 +75,17 @@ class Settings:
         check_threshold(self.threshold)
         check_size("min_size", self.min_size)
         check_max_instances(self.max_instances)
+        check_process_group(self.process_group)
         for name in ("pixel_loss", "instance_loss", "center_loss"):
             self._check_nested(name)
+        if self.process_group is not None:
+            shown = {name: value for name, value in self.changed.items() if name != "process_group"}
+            object.__setattr__(self, "words", re.sub(r" at 0x[0-9a-fA-F]+", "", f"settings {shown}"))
+
+    @property
+    def changed(self) -> dict[str, object]:
+        """The settings that differ from the defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and getattr(self, f.name) != f.default}
 
     def _check_nested(self, name: str) -> None:
         """A module given as a pixel loss must not bring an activation of its own that differs from ours."""
@@ -241,7 +256,15 @@ def _drop_small_ids(ids: Tensor, min_size: int) -> Tensor:
     return ids * (count >= min_size).view(ids.shape)
 
 
-def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor], Tensor]:
+class _Local(NamedTuple):
+    """The terms of the batch of this rank, and the number of entries that each is the mean of."""
+
+    found: dict[str, Tensor]
+    planes: int
+    entries: Tensor  # [2] float64: of `instance_gt` (or planes of `blob`), of `instance_pred`
+
+
+def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[_Local, Tensor]:
     """The terms named in `weights` (blob loss: "seg" and "blob") and their weighted sum, from the kernels."""
     from fastinstance_kernels.engine import Request
 
@@ -269,7 +292,7 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor]
 
     def run(
         weights: Mapping[str, float], truth: Tensor, predicted: Tensor | None, valid: Tensor | None
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    ) -> tuple[_Local, Tensor]:
         order = ("seg", "blob") if "blob" in weights else InstanceTerms._fields
         own = any(name in weights for name in ("instance_gt", "instance_pred", "proximity", "blob"))
         request = Request(
@@ -296,7 +319,7 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor]
         ).encode()
         factors = [float(weights.get(name, 0.0)) for name in order] + [0.0] * (7 - len(order))
         images = [None if image is None else image.reshape(shape).contiguous() for image in (truth, predicted, valid)]
-        found, total = fused_terms(
+        found, total, entries = fused_terms(
             values.reshape(shape).contiguous(),
             *images,  # pyright: ignore[reportArgumentType]
             weights=factors,
@@ -306,7 +329,8 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor]
         )
         view = (batch, channels) if settings.reduction == "none" else ()
         terms = zip(order, found.unbind(0), strict=False)
-        return {name: value.view(view) for name, value in terms if name in weights}, total.view(view)
+        by_name = {name: value.view(view) for name, value in terms if name in weights}
+        return _Local(by_name, shape[0], entries), total.view(view)
 
     if settings.min_size <= 1:
         return run(weights, truth, predicted, valid)
@@ -318,11 +342,37 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor]
 
     kept = _drop_small_ids(truth, settings.min_size) if given else keep(truth)
     rest = {name: weight for name, weight in weights.items() if name != "seg"}
-    found, total = run(rest, kept, keep(predicted), valid)
+    local, total = run(rest, kept, keep(predicted), valid)
     if "seg" in weights:
         seg, share = run({"seg": weights["seg"]}, truth, predicted, valid)
-        found, total = seg | found, total + share
-    return found, total
+        local, total = local._replace(found=seg.found | local.found), total + share
+    return local, total
+
+
+_COUNTED = {"instance_gt": 1, "blob": 1, "instance_pred": 2}
+"""Terms that `average="instance"` does not average over planes, and which of [planes, entries] it does."""
+
+
+def _over_ranks(
+    settings: Settings, wanted: Collection[str], input: Tensor, local: Callable[[], _Local]
+) -> dict[str, Tensor]:
+    """The terms of `local`, scaled so that their mean over the ranks is that of the global batch."""
+    group = resolve_group(settings.process_group)
+    if group is None:
+        return local().found
+    try:
+        found, planes, entries = local()
+    except Exception:
+        if isinstance(input, Tensor):
+            report_failure(group, input.device)
+        raise
+    counts = torch.cat([entries.new_full((1,), planes), entries]).long()
+    terms = f"terms {dict(wanted) if isinstance(wanted, Mapping) else list(wanted)} of {input.shape[1]} channels"
+    factors = global_factors(group, counts, settings.words, terms, mean=settings.reduction == "mean")
+    if settings.reduction == "none":
+        return found
+    place = _COUNTED if settings.average == "instance" else {}
+    return {name: value * factors[place.get(name, 0)].to(value.dtype) for name, value in found.items()}
 
 
 def weighted_sum(
@@ -334,7 +384,8 @@ def weighted_sum(
     valid_mask: Tensor | None = None,
 ) -> Tensor:
     """Sum of weight · term over the named terms, of `InstanceTerms` or ("seg", "blob") of `BlobTerms`."""
-    if isinstance(input, Tensor) and backend_for(input) == "triton":
+    alone = resolve_group(settings.process_group) is None
+    if alone and isinstance(input, Tensor) and backend_for(input) == "triton":
         call = _Call(settings, input, target, target_labels, valid_mask)
         return _fused(call, weights)[1]
     images = input, target, target_labels, valid_mask
@@ -353,6 +404,18 @@ def evaluate(
     valid_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The wanted terms of `InstanceTerms` by name; what nobody wants is not computed."""
+    images = input, target, target_labels, valid_mask
+    return _over_ranks(settings, wanted, input, lambda: _evaluate(settings, wanted, *images))
+
+
+def _evaluate(
+    settings: Settings,
+    wanted: Collection[str],
+    input: Tensor,
+    target: Tensor,
+    target_labels: Tensor | None,
+    valid_mask: Tensor | None,
+) -> _Local:
     if isinstance(input, Tensor) and backend_for(input) == "triton":
         return _fused(_Call(settings, input, target, target_labels, valid_mask), dict.fromkeys(wanted, 0.0))[0]
     scene = _Scene(settings, input, target, target_labels, valid_mask)
@@ -378,13 +441,15 @@ def evaluate(
     whole, tables = instance_sums(planes.values, planes.logits, tuple(dense), request)
 
     result: dict[str, Tensor] = {}
+    number = len(planes.omega)
     if "seg" in wanted:
         result["seg"] = scene.seg(whole[0], dense[0].target, part, tables[-1][1:, 0] if weighted else None)
     if part is None or not by_instance:
-        return result
+        return _Local(result, number, planes.omega.new_zeros(2))
 
     features = tm.Features(_by_instance(tables[0]), _by_instance(tables[1]), *areas)
     truth, pred = part.target, part.pred
+    pred_entries = pred.entries if settings.pred_normalizer == "pred" else truth.entries
     if not {"instance_gt", "instance_pred", "proximity"}.isdisjoint(wanted):
         loss_gt, loss_pred = tm.instance_entries(part, features, planes.omega, loss)
         loss_gt, loss_pred = scene.spoil(loss_gt, truth.plane), scene.spoil(loss_pred, pred.plane)
@@ -392,8 +457,7 @@ def evaluate(
         if "instance_gt" in wanted:
             result["instance_gt"] = scene.finish(tm.average(loss_gt, truth, truth.entries, **how))
         if "instance_pred" in wanted:
-            entries = pred.entries if settings.pred_normalizer == "pred" else truth.entries
-            result["instance_pred"] = scene.finish(tm.average(loss_pred, pred, entries, **how))
+            result["instance_pred"] = scene.finish(tm.average(loss_pred, pred, pred_entries, **how))
         if "proximity" in wanted:
             result["proximity"] = scene.reduce(tm.proximity(part, loss_gt, loss_pred, scene.spacing))
     if "center" in wanted:
@@ -402,7 +466,7 @@ def evaluate(
     if not {"false_gt", "false_pred"}.isdisjoint(wanted):
         for name, rate in zip(("false_gt", "false_pred"), tm.false_rates(part, features), strict=True):
             result[name] = scene.reduce(scene.spoil(rate))
-    return result
+    return _Local(result, number, torch.stack([truth.entries.sum(), pred_entries.sum()]).double())
 
 
 def instance_terms(
@@ -426,6 +490,7 @@ def instance_terms(
     pred_normalizer: str = "pred",
     reduction: str = "mean",
     max_instances: int | None = None,
+    process_group: ProcessGroup = None,
     target_labels: Tensor | None = None,
     valid_mask: Tensor | None = None,
 ) -> InstanceTerms:
@@ -457,6 +522,11 @@ def instance_terms(
         max_instances: limit on the instances of a plane on either side, which makes the kernels' tables smaller; None
             has room for the most that there can be. Beyond it the terms are NaN, and the next call says so in a
             warning. The CPU needs no limit and has none.
+        process_group: whose ranks share the batch: their mean of the result, and DistributedDataParallel's mean of the
+            gradients, are those of the batches of all ranks together. "world" is the default group, or nothing where
+            `torch.distributed` is not initialised; None averages over this rank's batch. With a group every call is a
+            collective, of six integers: all ranks must make it. `reduction="sum"` is scaled by the number of ranks, for
+            the same reason; "none" is not scaled.
         target_labels: `[B, C, *S]` integer ids of ground-truth instances, 0 = background, which may touch and need
             not be consecutive; None takes the connected components of the target.
         valid_mask: `[B, 1, *S]`, 1 where a pixel counts (partial annotation, ignore label).
@@ -470,6 +540,9 @@ def instance_terms(
         ValueError: shapes, devices, names or values that do not fit (values are checked on the CPU, and on a GPU
             with `fastinstance.debug_checks(True)`).
         TypeError: wrong dtypes or kinds of arguments.
+
+    With a process group the errors of one rank reach the others, as RuntimeError, and ranks with different settings
+    raise ValueError, always on the CPU and on a GPU in the first call with these settings.
     """
     settings = Settings(
         pixel_loss=pixel_loss,
@@ -489,6 +562,7 @@ def instance_terms(
         pred_normalizer=pred_normalizer,
         reduction=reduction,
         max_instances=max_instances,
+        process_group=process_group,
     )
     found = evaluate(settings, InstanceTerms._fields, input, target, target_labels, valid_mask)
     return InstanceTerms(**found)
@@ -533,9 +607,17 @@ def evaluate_blob(
     target_labels: Tensor | None = None,
     valid_mask: Tensor | None = None,
 ) -> BlobTerms:
+    """Both parts of blob loss."""
+    images = input, target, target_labels, valid_mask
+    return BlobTerms(**_over_ranks(settings, ("seg", "blob"), input, lambda: _evaluate_blob(settings, *images)))
+
+
+def _evaluate_blob(
+    settings: Settings, input: Tensor, target: Tensor, target_labels: Tensor | None, valid_mask: Tensor | None
+) -> _Local:
     if isinstance(input, Tensor) and backend_for(input) == "triton":
         call = _Call(settings, input, target, target_labels, valid_mask)
-        return BlobTerms(**_fused(call, {"seg": 0.0, "blob": 0.0})[0])
+        return _fused(call, {"seg": 0.0, "blob": 0.0})[0]
     scene = _Scene(settings, input, target, target_labels, valid_mask)
     planes, loss = scene.planes, settings.instance
     part = scene.partition(predicted=False)
@@ -561,9 +643,11 @@ def evaluate_blob(
 
     values = tm.blob_entries(tables[0][1:], whole[-1], truth, planes.omega, loss)
     per_plane = scene.spoil(tm.plane_mean(values, truth, truth.per_plane))
-    if settings.reduction == "mean":  # over the planes that have an instance
-        return BlobTerms(seg, scene.finish(per_plane.sum() / (truth.per_plane > 0).sum().clamp(min=1)))
-    return BlobTerms(seg, scene.reduce(per_plane))
+    filled = (truth.per_plane > 0).sum()
+    # The mean is over the planes that have an instance.
+    mean = settings.reduction == "mean"
+    blob = scene.finish(per_plane.sum() / filled.clamp(min=1)) if mean else scene.reduce(per_plane)
+    return _Local({"seg": seg, "blob": blob}, len(planes.omega), torch.stack([filled, filled]).double())
 
 
 def blob_terms(
@@ -581,6 +665,7 @@ def blob_terms(
     min_size: int = 0,
     reduction: str = "mean",
     max_instances: int | None = None,
+    process_group: ProcessGroup = None,
     target_labels: Tensor | None = None,
     valid_mask: Tensor | None = None,
 ) -> BlobTerms:
@@ -606,6 +691,7 @@ def blob_terms(
         min_size=min_size,
         reduction=reduction,
         max_instances=max_instances,
+        process_group=process_group,
     )
     return evaluate_blob(settings, input, target, target_labels, valid_mask)
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import from the layers above its own in this list (and from its own).
 LAYERS = [
     {"backend", "boxes", "checks", "fused", "graphs", "pixel"},
-    {"components", "ops", "planes"},
+    {"components", "ops", "parallel", "planes"},
     {"partition"},
     {"terms"},
     {"functional", "reference"},
