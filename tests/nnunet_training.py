@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 WORK = Path(sys.argv[1])
-SOFTMAX, REGIONS = 1, 2  # datasets
-LABELS = {
+SOFTMAX, REGIONS = 1, 2
+DATASETS = {
     SOFTMAX: {"labels": {"background": 0, "lesion": 1, "core": 2, "ignore": 3}},
     REGIONS: {
         "labels": {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3},
@@ -59,7 +59,7 @@ def write_images(number: int) -> None:
         for kind, volume, suffix in (("imagesTr", image.astype(np.float32), "_0000"), ("labelsTr", labels, "")):
             (folder / kind).mkdir(parents=True, exist_ok=True)
             nib.save(nib.Nifti1Image(volume, np.eye(4)), folder / kind / f"case{case}{suffix}.nii.gz")  # pyright: ignore
-    about = {"channel_names": {"0": "MRI"}, "numTraining": 3, "file_ending": ".nii.gz", **LABELS[number]}
+    about = {"channel_names": {"0": "MRI"}, "numTraining": 3, "file_ending": ".nii.gz", **DATASETS[number]}
     (folder / "dataset.json").write_text(json.dumps(about))
 
 
@@ -85,9 +85,7 @@ def plan_and_preprocess(number: int) -> None:
 def trainer_for(number: int, name: str) -> Any:
     from nnunetv2.run.run_training import get_trainer_from_args
 
-    return get_trainer_from_args(
-        str(number), "3d_fullres", "all", f"nnUNetTrainer{name}", device=torch.device("cpu")
-    )
+    return get_trainer_from_args(str(number), "3d_fullres", "all", f"nnUNetTrainer{name}", device=torch.device("cpu"))
 
 
 def train(number: int, name: str) -> dict[str, Any]:
@@ -145,7 +143,8 @@ def compare_with_the_formula(number: int, name: str) -> dict[str, float]:
                 "Proximity": pixel + 0.1 * found.proximity,
             }[name]
         expected = expected + weight * terms
-    half = loss([output.half() for output in outputs], targets)
+    with torch.autocast("cpu", torch.float16):
+        half = loss([output.half() for output in outputs], targets)
     ignored = [torch.ones_like(t) if regions else torch.full_like(t, 3) for t in targets]
     leaf = outputs[0].clone().requires_grad_()
     nothing = loss([leaf, *outputs[1:]], ignored)
@@ -162,14 +161,18 @@ def compare_with_the_formula(number: int, name: str) -> dict[str, float]:
 
 def main() -> None:
     prepare_environment()
-    for number in LABELS:
+    for number in DATASETS:
         write_images(number)
         plan_and_preprocess(number)
-    os.environ["nnUNet_n_proc_DA"] = "0"
+    os.environ |= {"nnUNet_n_proc_DA": "0"}
     names = ("ICI", "False", "Proximity", "Blob")
     found = {
         "trained": {name: train(number, name) for number, name in TRAINED},
-        "compared": {f"{name} {number}": compare_with_the_formula(number, name) for number in LABELS for name in names},
+        "compared": {
+            f"{name} {labels}": compare_with_the_formula(number, name)
+            for number, labels in ((SOFTMAX, "softmax"), (REGIONS, "regions"))
+            for name in names
+        },
     }
     (WORK / "found.json").write_text(json.dumps(found))
 

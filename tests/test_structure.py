@@ -21,6 +21,7 @@ LAYERS = [
     {"terms"},
     {"functional", "reference"},
     {"losses", "testing"},
+    {"integrations.lightning", "integrations.nnunet.trainers"},
     {"study.brain"},
     {"study.demo"},
     {"__main__"},
