@@ -1,6 +1,6 @@
 """nnU-Net plans, preprocesses and trains on generated images; run by tests/test_nnunet.py in a process of its own.
 
-Arguments: a folder to work in, and the folder of the trainers. The findings are written to `found.json` there.
+Arguments: a folder to work in, and the folders of the trainers. The findings are written to `found.json` there.
 """
 
 from __future__ import annotations
@@ -173,6 +173,7 @@ def main() -> None:
             for number, labels in ((SOFTMAX, "softmax"), (REGIONS, "regions"))
             for name in names
         },
+        "own": str(trainer_for(SOFTMAX, "Mine")._build_loss()),
     }
     (WORK / "found.json").write_text(json.dumps(found))
 

@@ -4,7 +4,10 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,3 +31,12 @@ def test_the_torchrun_example(tmp_path: Path) -> None:
     script.write_text(code)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     assert re.fullmatch(r"loss \d\.\d{4}\n", run(*launcher, script))
+
+
+@pytest.mark.parametrize(("block", "needs"), [(0, "ignite"), (2, "lightning")])
+def test_the_integrations(block: int, needs: str, tmp_path: Path) -> None:
+    if find_spec(needs) is None:
+        pytest.skip(f"needs {needs}")
+    script = tmp_path / "train.py"
+    script.write_text(blocks("integrations.md")[block])
+    run(script)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
-from tests.test_docs import ROOT, run
+from tests.test_docs import ROOT, blocks, run
 
 pytestmark = pytest.mark.skipif(find_spec("nnunetv2") is None, reason="needs nnunetv2")
 
@@ -21,8 +23,14 @@ NAMES = ("ICI", "False", "Proximity", "Blob")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    work = tmp_path_factory.mktemp("nnunet")
-    run(ROOT / "tests" / "nnunet_training.py", work, ROOT / "fastinstance" / "integrations" / "nnunet")
+    """With the trainers where docs/integrations.md says that they are, and its example of one's own beside them."""
+    work, own = tmp_path_factory.mktemp("nnunet"), tmp_path_factory.mktemp("own")
+    (command,) = blocks("integrations.md", "bash")
+    match = re.match(r'export nnUNet_extTrainer=\$\(python -c "(.*?)"\)(\S+)\n', command)
+    assert match
+    (own / "my_trainers.py").write_text(blocks("integrations.md")[1])
+    trainers = run("-c", match[1]).strip() + match[2]
+    run(ROOT / "tests" / "nnunet_training.py", work, os.pathsep.join((trainers, str(own))))
     return json.loads((work / "found.json").read_text())
 
 
@@ -56,3 +64,8 @@ def test_patches_without_annotation(found: dict[str, Any], name: str, labels: st
     compared = found["compared"][f"{name} {labels}"]
     assert math.isfinite(compared["all ignored"])
     assert compared["its gradient"] == 0
+
+
+def test_a_trainer_of_ones_own(found: dict[str, Any]) -> None:
+    for part in ("InstanceLoss(instance_gt=1, instance_pred=1, false_pred=0.5, ", "process_group='world'"):
+        assert part in found["own"]
