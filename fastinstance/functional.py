@@ -113,6 +113,11 @@ class Settings:
         return resolve(self.center_loss, "center_loss")
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    """A subclass, such as MONAI's MetaTensor, as the tensor that it is; the gradient flows back to it."""
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+
+
 class _Call:
     """One checked call: the images, and the settings that depend on their number of axes."""
 
@@ -125,7 +130,6 @@ class _Call:
         valid_mask: Tensor | None,
     ) -> None:
         self.settings = settings
-        self.images = input, target, target_labels, valid_mask
         check_images(
             input,
             target,
@@ -135,13 +139,15 @@ class _Call:
             to_onehot_y=settings.to_onehot_y,
             softmax=settings.softmax,
         )
+        labels, valid = (None if image is None else _plain(image) for image in (target_labels, valid_mask))
+        self.images = _plain(input), _plain(target), labels, valid
         axes = input.ndim - 2
         self.connectivity = check_connectivity(settings.connectivity, axes)
         self.center_size = check_per_axis("center_size", settings.center_size, axes, integer=True)
         spacing = 1.0 if settings.spacing is None else settings.spacing
         self.spacing = check_per_axis("spacing", spacing, axes, integer=False)
         if reads_values(target):
-            check_values(target, target_labels, valid_mask, channels=input.shape[1], to_onehot_y=settings.to_onehot_y)
+            check_values(*self.images[1:], channels=input.shape[1], to_onehot_y=settings.to_onehot_y)
 
     def in_planes(self) -> Planes:
         settings = self.settings
@@ -715,5 +721,5 @@ def label(mask: Tensor, *, connectivity: int | None = None, min_size: int = 0) -
     check_mask(mask)
     check_size("min_size", min_size)
     connectivity = check_connectivity(connectivity, mask.ndim - 2)
-    labels, counts = label_planes(mask.detach().flatten(0, 1), None, connectivity, min_size)
+    labels, counts = label_planes(_plain(mask).detach().flatten(0, 1), None, connectivity, min_size)
     return labels.view(mask.shape), counts.view(mask.shape[:2])

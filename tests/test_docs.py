@@ -20,7 +20,7 @@ def run(*command: str | Path, **environment: str) -> str:
     """What a Python program prints."""
     paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -104,7 +104,7 @@ def train(rank: int, device: str) -> dict[Any, Any]:
 def worker(rank: int, store: str, out: str) -> None:
     """What a rank does; the results go into a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=180))
     found = train(rank, "cpu")
     image, target = (part(tensor, rank) for tensor in scene("usual"))
     with fastinstance.use_backend("triton"):
