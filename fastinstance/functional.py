@@ -79,7 +79,13 @@ class Settings:
         for name in ("pixel_loss", "instance_loss", "center_loss"):
             self._check_nested(name)
         if self.process_group is not None:
-            shown = {name: value for name, value in self.changed.items() if name != "process_group"}
+            shown = {
+                **self.changed,
+                "pixel_loss": self.pixel,
+                "instance_loss": self.instance,
+                "center_loss": self.center,
+            }
+            del shown["process_group"]
             object.__setattr__(self, "words", re.sub(r" at 0x[0-9a-fA-F]+", "", f"settings {shown}"))
 
     @property

@@ -48,6 +48,10 @@ def _sum_over_ranks(group: dist.ProcessGroup, counts: Tensor, failed: bool, numb
     return total
 
 
+def _must_not_wait(counts: Tensor) -> bool:
+    return torch.compiler.is_compiling() or (counts.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def report_failure(group: dist.ProcessGroup, device: torch.device) -> None:
     """Take part in the `global_factors` of the other ranks, to tell them that this one has raised an error."""
     _sum_over_ranks(group, torch.zeros(3, dtype=torch.int64, device=device), True, 0)
@@ -78,8 +82,7 @@ def global_factors(group: dist.ProcessGroup, counts: Tensor, settings: str, term
     *total, failed, number, square = _sum_over_ranks(group, counts, False, _number(settings + terms)).unbind()
     differ = ranks * square != number * number  # Cauchy and Schwarz: equal if and only if all h are
     known = (group.group_name, settings)
-    capturing = counts.is_cuda and torch.cuda.is_current_stream_capturing()
-    if reads_values(counts) or not (torch.compiler.is_compiling() or capturing or known in _agreed):
+    if reads_values(counts) or not (_must_not_wait(counts) or known in _agreed):
         rank = dist.get_rank(group)
         if failed:
             raise RuntimeError(

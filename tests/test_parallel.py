@@ -129,6 +129,7 @@ def worker(rank: int, store: str, out: str) -> None:
 
     errors = {
         "threshold": lambda: call(threshold=(0.5, 0.6)[rank]),
+        "loss": lambda: call(pixel_loss=fastinstance.DiceLoss(squared_pred=bool(rank))),
         "weight": lambda: call(false_gt=1.0 + rank),
         "reduction": lambda: call(reduction=("none", "mean")[rank]),
         "kind": lambda: call(kind=(fastinstance.FalseLoss, fastinstance.BlobLoss)[rank]),
@@ -222,6 +223,7 @@ def test_functions_without_a_name_of_their_own_are_alike(found: list[dict[Any, A
     ("name", "shown"),
     [
         ("threshold", ("'sigmoid': True", "'threshold': 0.6")),
+        ("loss", ("'pixel_loss': Dice(", "squared_pred=True")),
         ("weight", ("'false_gt': 1.0", "'false_gt': 2.0")),
         ("reduction", ("'reduction': 'none'", "")),
         ("kind", ("'false_gt': 1.0", "'blob'")),
