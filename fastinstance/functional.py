@@ -79,12 +79,8 @@ class Settings:
         for name in ("pixel_loss", "instance_loss", "center_loss"):
             self._check_nested(name)
         if self.process_group is not None:
-            shown = {
-                **self.changed,
-                "pixel_loss": self.pixel,
-                "instance_loss": self.instance,
-                "center_loss": self.center,
-            }
+            losses = {"pixel_loss": self.pixel, "instance_loss": self.instance, "center_loss": self.center}
+            shown = {**self.changed, **losses}
             del shown["process_group"]
             object.__setattr__(self, "words", re.sub(r" at 0x[0-9a-fA-F]+", "", f"settings {shown}"))
 
