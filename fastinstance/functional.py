@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from . import masked
 from . import terms as tm
 from .backend import backend_for
 from .checks import (
@@ -29,10 +31,11 @@ from .checks import (
     reads_values,
 )
 from .components import foreground, label_planes
+from .criteria import Criterion, advise, resolve
 from .fused import fused_terms
 from .ops import DenseSums, InstanceSums, instance_sums
 from .partition import Partition, partition
-from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums, resolve
+from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums
 from .planes import Planes, activate, to_planes
 from .terms import BlobTerms, InstanceTerms
 
@@ -75,26 +78,30 @@ class Settings:
     def _check_nested(self, name: str) -> None:
         """A module given as a pixel loss must not bring an activation of its own that differs from ours."""
         loss = getattr(self, name)
-        resolve(loss, name)
+        resolved = resolve(loss, name)
         inner = getattr(loss, "settings", None)
         if isinstance(inner, Settings):
+            if isinstance(resolved, Criterion):
+                raise TypeError(f"expected {name} to be a loss of pixels, got {loss!r}, which is one of instances")
             for option in ("sigmoid", "softmax", "other_act"):
                 if getattr(inner, option) and getattr(inner, option) != getattr(self, option):
                     raise ValueError(
                         f"expected {name} without an activation of its own, got {option}={getattr(inner, option)}; "
                         f"set {option} on the outer loss only"
                     )
+        if isinstance(resolved, Criterion):
+            advise(resolved)
 
     @property
-    def pixel(self) -> SeparableLoss:
+    def pixel(self) -> SeparableLoss | Criterion:
         return resolve(self.pixel_loss, "pixel_loss")
 
     @property
-    def instance(self) -> SeparableLoss:
+    def instance(self) -> SeparableLoss | Criterion:
         return resolve(self.instance_loss, "instance_loss")
 
     @property
-    def center(self) -> SeparableLoss:
+    def center(self) -> SeparableLoss | Criterion:
         return resolve(self.center_loss, "center_loss")
 
 
@@ -153,6 +160,13 @@ class _Scene(_Call):
         self.planes = self.in_planes()
         self.poison = _poison(self.planes)
 
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """[planes, P], NaN in value and derivative where the input of the plane is not finite."""
+        values = self.planes.values
+        p = values.sigmoid() if self.planes.logits else values
+        return p if self.poison is None else p * self.poison[:, None].to(p.dtype)
+
     def partition(self, predicted: bool) -> Partition:
         return partition(
             self.planes.target,
@@ -182,9 +196,18 @@ class _Scene(_Call):
         value = value.to(planes.values.dtype)
         return value.view(planes.batch, planes.channels) if self.settings.reduction == "none" else value
 
+    def criterion_seg(self, criterion: Criterion) -> Tensor:
+        """The pixel term of any callable: one call on all images, or one for each plane where planes are kept apart."""
+        planes, p = self.planes, self.probabilities
+        if self.settings.reduction == "mean":
+            shape = (planes.batch, planes.channels, *planes.size)
+            return self.finish(masked.image_value(p.view(shape), planes.target.view(shape), criterion))
+        return self.reduce(masked.plane_values(p, planes.target.flatten(1), criterion, planes.size))
+
     def seg(self, whole: Tensor, positives: Tensor, part: Partition | None, raw_instances: Tensor | None) -> Tensor:
         """The pixel term from the sums of each plane and, for the inverse-weighted Dice, of each instance."""
         planes, loss = self.planes, self.settings.pixel
+        assert isinstance(loss, SeparableLoss)
         if self.poison is not None:  # before the channels of an image are joined
             whole = whole * self.poison[:, None]
         plane = positives // planes.values.shape[1]
@@ -227,10 +250,21 @@ def _by_instance(table: Tensor) -> Tensor:
     return table.view(-1, 2, *table.shape[1:])[1:]
 
 
-def _as_numbers(loss: SeparableLoss, wanted: bool) -> tuple[tuple[float, ...], bool, float] | None:
+def _as_numbers(loss: SeparableLoss | Criterion, wanted: bool) -> tuple[tuple[float, ...], bool, float] | None:
     """A loss in the words of the kernels."""
+    if not wanted or isinstance(loss, Criterion):
+        return None
     form = loss.form
-    return (form.numbers, form.squared, -1.0 if form.gamma is None else form.gamma) if wanted else None
+    return form.numbers, form.squared, -1.0 if form.gamma is None else form.gamma
+
+
+def _on_kernels(settings: Settings, wanted: Collection[str], input: Tensor) -> bool:
+    """Whether the kernels compute these terms; a callable needs torch."""
+    if not isinstance(input, Tensor) or backend_for(input) != "triton":
+        return False
+    needs = {"seg": settings.pixel, "center": settings.center}
+    needs |= dict.fromkeys(("instance_gt", "instance_pred", "proximity", "blob"), settings.instance)
+    return not any(isinstance(needs.get(name), Criterion) for name in wanted)
 
 
 def _drop_small_ids(ids: Tensor, min_size: int) -> Tensor:
@@ -334,7 +368,7 @@ def weighted_sum(
     valid_mask: Tensor | None = None,
 ) -> Tensor:
     """Sum of weight · term over the named terms, of `InstanceTerms` or ("seg", "blob") of `BlobTerms`."""
-    if isinstance(input, Tensor) and backend_for(input) == "triton":
+    if _on_kernels(settings, weights, input):
         call = _Call(settings, input, target, target_labels, valid_mask)
         return _fused(call, weights)[1]
     images = input, target, target_labels, valid_mask
@@ -353,10 +387,10 @@ def evaluate(
     valid_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The wanted terms of `InstanceTerms` by name; what nobody wants is not computed."""
-    if isinstance(input, Tensor) and backend_for(input) == "triton":
+    if _on_kernels(settings, wanted, input):
         return _fused(_Call(settings, input, target, target_labels, valid_mask), dict.fromkeys(wanted, 0.0))[0]
     scene = _Scene(settings, input, target, target_labels, valid_mask)
-    planes, loss = scene.planes, settings.instance
+    planes, pixel, loss = scene.planes, settings.pixel, settings.instance
     by_instance = any(name != "seg" for name in wanted)
     weighted = "seg" in wanted and isinstance(settings.pixel, InverseWeightedDice)
     part = scene.partition(predicted=by_instance) if by_instance or weighted else None
@@ -374,11 +408,13 @@ def evaluate(
             loss.pointwise if own else None,
             tuple(tables),
         )
-    dense = [scene.dense_request(part)] if "seg" in wanted else []
+    dense = [scene.dense_request(part)] if "seg" in wanted and not isinstance(pixel, Criterion) else []
     whole, tables = instance_sums(planes.values, planes.logits, tuple(dense), request)
 
     result: dict[str, Tensor] = {}
-    if "seg" in wanted:
+    if "seg" in wanted and isinstance(pixel, Criterion):
+        result["seg"] = scene.criterion_seg(pixel)
+    elif "seg" in wanted:
         result["seg"] = scene.seg(whole[0], dense[0].target, part, tables[-1][1:, 0] if weighted else None)
     if part is None or not by_instance:
         return result
@@ -386,7 +422,10 @@ def evaluate(
     features = tm.Features(_by_instance(tables[0]), _by_instance(tables[1]), *areas)
     truth, pred = part.target, part.pred
     if not {"instance_gt", "instance_pred", "proximity"}.isdisjoint(wanted):
-        loss_gt, loss_pred = tm.instance_entries(part, features, planes.omega, loss)
+        if isinstance(loss, Criterion):
+            loss_gt, loss_pred = masked.instance_entries(part, scene.probabilities, loss)
+        else:
+            loss_gt, loss_pred = tm.instance_entries(part, features, planes.omega, loss)
         loss_gt, loss_pred = scene.spoil(loss_gt, truth.plane), scene.spoil(loss_pred, pred.plane)
         how = {"average": settings.average, "reduction": settings.reduction}
         if "instance_gt" in wanted:
@@ -397,8 +436,13 @@ def evaluate(
         if "proximity" in wanted:
             result["proximity"] = scene.reduce(tm.proximity(part, loss_gt, loss_pred, scene.spacing))
     if "center" in wanted:
-        sums = tm.center_sums(part, features, planes.valid, scene.center_size, settings.center)
-        result["center"] = scene.reduce(scene.spoil(settings.center.reduce(sums, planes.omega)))
+        boxes, center = tm.center_boxes(part, features, planes.valid, scene.center_size), settings.center
+        if isinstance(center, Criterion):
+            maps = tm.center_maps(part, boxes, planes.values.dtype)
+            values = masked.plane_values(*maps, center, planes.size)
+        else:
+            values = center.reduce(tm.center_sums(part, boxes, center), planes.omega)
+        result["center"] = scene.reduce(scene.spoil(values))
     if not {"false_gt", "false_pred"}.isdisjoint(wanted):
         for name, rate in zip(("false_gt", "false_pred"), tm.false_rates(part, features), strict=True):
             result[name] = scene.reduce(scene.spoil(rate))
@@ -436,8 +480,12 @@ def instance_terms(
             `softmax`, anything with `other_act`, else probabilities. Each class of each image is a plane of its own.
         target: `[B, C, *S]` or `[B, 1, *S]`, binary of any dtype; class indices `[B, 1, *S]` with `to_onehot_y`.
         pixel_loss: of the whole image (`seg`): a name ("dice", "ce", "dicece", "generalized_dice", "focal", "gdf",
-            "tversky", "inverse_weighted_dice") or a pixel loss of this library.
-        instance_loss: of one instance, likewise.
+            "tversky", "inverse_weighted_dice"), a pixel loss of this library, or any callable `(P, G) -> scalar`, with P
+            the probabilities and G, 0 or 1, both `[B, C, *S]` (`[1, 1, *S]` for each plane on its own if `reduction`
+            is not "mean"). Pixels that are not valid are 0 in both. MONAI's DiceLoss, TverskyLoss and
+            GeneralizedDiceLoss without activation are recognised.
+        instance_loss: of one instance, likewise; a callable sees `[1, 1, *S]`, 0 where P and G are masked. It must
+            work under `torch.func.vmap`, and is much slower than a separable loss.
         center_loss: of the centre maps, likewise.
         average: "instance" averages `instance_gt` and `instance_pred` over all instances of the batch; "image" per
             plane, then over planes. The other terms are always averaged per plane, then over planes.
@@ -468,8 +516,9 @@ def instance_terms(
 
     Raises:
         ValueError: shapes, devices, names or values that do not fit (values are checked on the CPU, and on a GPU
-            with `fastinstance.debug_checks(True)`).
+            with `fastinstance.debug_checks(True)`); a callable that does not return a scalar.
         TypeError: wrong dtypes or kinds of arguments.
+        RuntimeError: a callable that `torch.func.vmap` cannot batch.
     """
     settings = Settings(
         pixel_loss=pixel_loss,
@@ -533,7 +582,7 @@ def evaluate_blob(
     target_labels: Tensor | None = None,
     valid_mask: Tensor | None = None,
 ) -> BlobTerms:
-    if isinstance(input, Tensor) and backend_for(input) == "triton":
+    if _on_kernels(settings, BlobTerms._fields, input):
         call = _Call(settings, input, target, target_labels, valid_mask)
         return BlobTerms(**_fused(call, {"seg": 0.0, "blob": 0.0})[0])
     scene = _Scene(settings, input, target, target_labels, valid_mask)
@@ -557,9 +606,16 @@ def evaluate_blob(
     whole, tables = instance_sums(
         planes.values, planes.logits, (seg_sums,) if shared else (seg_sums, outside_sums), request
     )
-    seg = scene.seg(whole[0], seg_sums.target, part, tables[-1][1:, 0] if weighted else None)
+    if isinstance(settings.pixel, Criterion):
+        seg = scene.criterion_seg(settings.pixel)
+    else:
+        seg = scene.seg(whole[0], seg_sums.target, part, tables[-1][1:, 0] if weighted else None)
 
-    values = tm.blob_entries(tables[0][1:], whole[-1], truth, planes.omega, loss)
+    if isinstance(loss, Criterion):
+        labels = masked.label_map(part, truth)
+        values = masked.blob_entries(labels, truth, scene.probabilities, loss, (1, *planes.size))
+    else:
+        values = tm.blob_entries(tables[0][1:], whole[-1], truth, planes.omega, loss)
     per_plane = scene.spoil(tm.plane_mean(values, truth, truth.per_plane))
     if settings.reduction == "mean":  # over the planes that have an instance
         return BlobTerms(seg, scene.finish(per_plane.sum() / (truth.per_plane > 0).sum().clamp(min=1)))

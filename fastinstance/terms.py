@@ -19,10 +19,13 @@ from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums, cost_of, inve
 
 __all__ = [
     "BlobTerms",
+    "CenterBoxes",
     "Features",
     "InstanceTerms",
     "average",
     "blob_entries",
+    "center_boxes",
+    "center_maps",
     "center_sums",
     "false_rates",
     "instance_entries",
@@ -191,53 +194,83 @@ def inverse_weighted_dice(
     return ratio(intersection, intersection + rest, foreground)
 
 
-def _draw_boxes(part: Partition, side: Side, center_size: Sequence[int], valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Boxes about the centroids of a side, clipped at the border: flat index of each covered pixel, and its owner.
+def _draw_boxes(
+    part: Partition, side: Side, starts: Tensor, window: Sequence[int], valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Boxes of the instances of a side, clipped at the border: flat index of each covered pixel, and its owner.
 
-    Where boxes overlap the smallest row owns the pixel, so that each pixel appears once.
+    Where boxes overlap the smallest row owns the pixel, so that each pixel appears once. `starts` [K, axes] are the
+    lower corners, `window` the lengths of the sides.
     """
     device = part.pixels.device
     position = side.plane[: side.real, None]  # flat index, built axis by axis: [K, window so far]
     inside = torch.ones_like(position, dtype=torch.bool)
-    for length, center, window in zip(part.size, part.centroids(side).unbind(1), center_size, strict=True):
-        at = center[:, None] + torch.arange(window, device=device) - window // 2
+    for length, start, side_length in zip(part.size, starts.unbind(1), window, strict=True):
+        at = start[:, None] + torch.arange(side_length, device=device)
         inside = (inside[:, :, None] & ((at >= 0) & (at < length))[:, None]).flatten(1)
         position = (position[:, :, None] * length + at[:, None]).flatten(1)
-    nowhere, window = len(side.per_plane) * math.prod(part.size), math.prod(center_size)
+    nowhere, area = len(side.per_plane) * math.prod(part.size), math.prod(window)
     flat = position.where(inside, nowhere).flatten()
-    row = torch.arange(side.real, device=device, dtype=torch.int32).repeat_interleave(window)
+    row = torch.arange(side.real, device=device, dtype=torch.int32).repeat_interleave(area)
     owner = torch.full((nowhere + 1,), side.real, dtype=torch.int32, device=device)
     owner.scatter_reduce_(0, flat, row, "amin")
     owned = (owner.index_select(0, flat) == row) & inside.flatten()
     if valid is not None:
         owned &= valid.flatten().index_select(0, flat.clamp(max=nowhere - 1))
     kept = owned.nonzero().squeeze(1)
-    return flat.index_select(0, kept), kept // window
+    return flat.index_select(0, kept), kept // area
 
 
-def center_sums(
+class CenterBoxes(NamedTuple):
+    """Eq. 4: the boxes that stand for the instances in the centre maps; each pixel of a side is listed once.
+
+    The predicted map is `value` on the boxes with the derivative of the mean probability of the component
+    (straight-through), the ground-truth map is 0 or `value`.
+    """
+
+    true_flat: Tensor  # flat index of the pixels of true boxes
+    true_row: Tensor  # and the row of the instance that owns each
+    flat: Tensor  # the same of predicted boxes
+    row: Tensor
+    amplitude: Tensor  # [M] of predicted boxes
+    value: float
+
+
+def center_boxes(
     part: Partition,
     features: Features,
     valid: Tensor | None,
-    center_size: Sequence[int],
-    loss: SeparableLoss,
-) -> Sums:
-    """Eq. 4: sums of the pair of centre maps of each plane, for ℓ_center; tensors `[planes]`.
+    window: Sequence[int],
+    starts: tuple[Tensor, Tensor] | None = None,
+    value: float = 1,
+) -> CenterBoxes:
+    """The boxes of Eq. 4 about the centroids; where they overlap the smallest id owns a pixel.
 
-    Each instance is drawn as a box about its centroid; where boxes overlap the smallest id owns the pixel. The
-    predicted map is 1 on the boxes with the derivative of the mean probability of the component (straight-through), the
-    ground-truth map is 0 or 1.
+    Args:
+        part: the instances of both sides.
+        features: Σp of each.
+        valid: `[planes, *S]` bool, pixels that may be drawn.
+        window: length of the boxes along each axis.
+        starts: `[N, axes]` and `[M, axes]` lower corners in place of those about the centroids.
+        value: of the maps inside the boxes.
     """
+    sides = part.target, part.pred
+    if starts is None:
+        half = torch.tensor([length // 2 for length in window], device=part.pixels.device)
+        starts = part.centroids(sides[0]) - half, part.centroids(sides[1]) - half
+    true, pred = (_draw_boxes(part, side, start, window, valid) for side, start in zip(sides, starts, strict=True))
+    mean = features.pred[:, :, 0].sum(1) / part.pred.count
+    return CenterBoxes(*true, *pred, value + (mean - mean.detach()), value)
+
+
+def center_sums(part: Partition, boxes: CenterBoxes, loss: SeparableLoss) -> Sums:
+    """Eq. 4: sums of the pair of centre maps of each plane, for ℓ_center; tensors `[planes]`."""
     truth, pred = part.target, part.pred
     planes = len(truth.per_plane)
-    true_flat, true_row = _draw_boxes(part, truth, center_size, valid)
+    true_flat, true_row, flat, row, amplitude, value = boxes
     drawn = torch.zeros(planes * math.prod(part.size), dtype=torch.bool, device=true_flat.device)
     drawn[true_flat] = True
-    flat, row = _draw_boxes(part, pred, center_size, valid)
     area = torch.bincount(2 * row + drawn[flat], minlength=2 * pred.real).view(-1, 2).double()  # outside, inside
-
-    mean = features.pred[:, :, 0].sum(1) / pred.count
-    amplitude = 1 + (mean - mean.detach())
     plane = pred.plane[: pred.real]
 
     def per_plane(values: Tensor) -> Tensor:
@@ -251,11 +284,20 @@ def center_sums(
         wrong = area[:, 0] * loss.pointwise(miss, cost_of(hit))
         pointwise = per_plane(right + wrong) + (target - per_plane(area[:, 1])) * loss.pointwise.missed
     return Sums(
-        intersection=per_plane(area[:, 1] * amplitude),
+        intersection=per_plane(area[:, 1] * amplitude) * value,
         pred=per_plane(area.sum(1) * (amplitude.square() if loss.squared else amplitude)),
-        target=target,
+        target=target * (value**2 if loss.squared else value),
         pointwise=pointwise,
     )
+
+
+def center_maps(part: Partition, boxes: CenterBoxes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Eq. 4: the pair of centre maps, for any ℓ_center; `[planes, P]` each."""
+    shape = len(part.target.per_plane), math.prod(part.size)
+    blank = boxes.amplitude.new_zeros(math.prod(shape), dtype=dtype)
+    predicted = blank.index_put((boxes.flat,), boxes.amplitude.to(dtype)[boxes.row])
+    true = blank.index_fill(0, boxes.true_flat, boxes.value)
+    return predicted.view(shape), true.view(shape)
 
 
 def proximity(part: Partition, loss_gt: Tensor, loss_pred: Tensor, spacing: Sequence[float]) -> Tensor:

@@ -15,10 +15,10 @@ import fastinstance
 ROOT = Path(__file__).parent.parent
 # A module may import from the layers above its own in this list (and from its own).
 LAYERS = [
-    {"backend", "boxes", "checks", "fused", "graphs", "pixel"},
+    {"backend", "boxes", "checks", "criteria", "fused", "graphs", "pixel"},
     {"components", "ops", "planes"},
     {"partition"},
-    {"terms"},
+    {"masked", "terms"},
     {"functional", "reference"},
     {"losses", "testing"},
     {"study.brain"},
