@@ -34,10 +34,11 @@ class Criterion:
 
 
 class Recognised(NamedTuple):
-    """A criterion that is separable on one-channel images; a pointwise part always takes P for logits."""
+    """A criterion that is separable on one-channel images."""
 
     loss: SeparableLoss
-    sigmoid: bool  # the other parts take P for logits too
+    sigmoid: bool  # whether P is taken for logits, except in a pointwise part
+    pointwise_sigmoid: bool = True  # and in a pointwise part
 
 
 # Settings under which a MONAI loss of one channel is the separable one of its name.

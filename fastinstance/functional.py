@@ -152,7 +152,7 @@ class _Call:
         )
 
 
-class _Scene(_Call):
+class Scene(_Call):
     """A call with its planes, partition and sums, shared by all terms."""
 
     def __init__(self, settings: Settings, *images: Tensor | None) -> None:
@@ -239,13 +239,13 @@ def _poison(planes: Planes) -> Tensor | None:
     return 1 + (values * factor).nan_to_num(nan=math.nan, posinf=0, neginf=0).sum(1).double()
 
 
-def _rows(part: Partition) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
+def table_rows(part: Partition) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
     """Table rows of the listed pixels: 2·id + (the other side is there), for either side."""
     t, q = part.target.label, part.pred.label
     return (2 * t + (q > 0), 2 * (part.target.real + 1)), (2 * q + (t > 0), 2 * (part.pred.real + 1))
 
 
-def _by_instance(table: Tensor) -> Tensor:
+def instance_table(table: Tensor) -> Tensor:
     """[2·(K + 1), …] -> [K, 2, …], without the background."""
     return table.view(-1, 2, *table.shape[1:])[1:]
 
@@ -389,15 +389,15 @@ def evaluate(
     """The wanted terms of `InstanceTerms` by name; what nobody wants is not computed."""
     if _on_kernels(settings, wanted, input):
         return _fused(_Call(settings, input, target, target_labels, valid_mask), dict.fromkeys(wanted, 0.0))[0]
-    scene = _Scene(settings, input, target, target_labels, valid_mask)
+    scene = Scene(settings, input, target, target_labels, valid_mask)
     planes, pixel, loss = scene.planes, settings.pixel, settings.instance
     by_instance = any(name != "seg" for name in wanted)
     weighted = "seg" in wanted and isinstance(settings.pixel, InverseWeightedDice)
     part = scene.partition(predicted=by_instance) if by_instance or weighted else None
     request, tables, areas = None, [], []
     if part is not None:
-        tables = list(_rows(part)) if by_instance else []
-        areas = [_by_instance(torch.bincount(rows, minlength=n).double()) for rows, n in tables]
+        tables = list(table_rows(part)) if by_instance else []
+        areas = [instance_table(torch.bincount(rows, minlength=n).double()) for rows, n in tables]
         if weighted:
             tables.append((part.raw_target.label, part.raw_target.real + 1))
         own = not {"instance_gt", "instance_pred", "proximity"}.isdisjoint(wanted)
@@ -419,7 +419,7 @@ def evaluate(
     if part is None or not by_instance:
         return result
 
-    features = tm.Features(_by_instance(tables[0]), _by_instance(tables[1]), *areas)
+    features = tm.Features(instance_table(tables[0]), instance_table(tables[1]), *areas)
     truth, pred = part.target, part.pred
     if not {"instance_gt", "instance_pred", "proximity"}.isdisjoint(wanted):
         if isinstance(loss, Criterion):
@@ -480,10 +480,10 @@ def instance_terms(
             `softmax`, anything with `other_act`, else probabilities. Each class of each image is a plane of its own.
         target: `[B, C, *S]` or `[B, 1, *S]`, binary of any dtype; class indices `[B, 1, *S]` with `to_onehot_y`.
         pixel_loss: of the whole image (`seg`): a name ("dice", "ce", "dicece", "generalized_dice", "focal", "gdf",
-            "tversky", "inverse_weighted_dice"), a pixel loss of this library, or any callable `(P, G) -> scalar`, with P
-            the probabilities and G, 0 or 1, both `[B, C, *S]` (`[1, 1, *S]` for each plane on its own if `reduction`
-            is not "mean"). Pixels that are not valid are 0 in both. MONAI's DiceLoss, TverskyLoss and
-            GeneralizedDiceLoss without activation are recognised.
+            "tversky", "inverse_weighted_dice"), a pixel loss of this library, or any callable `(P, G) -> scalar`. P are
+            probabilities, G 0 or 1, `[B, C, *S]` (`[1, 1, *S]` for each plane on its own if `reduction` is not
+            "mean"); pixels that are not valid are 0 in both. MONAI's DiceLoss, TverskyLoss and GeneralizedDiceLoss
+            without activation are recognised.
         instance_loss: of one instance, likewise; a callable sees `[1, 1, *S]`, 0 where P and G are masked. It must
             work under `torch.func.vmap`, and is much slower than a separable loss.
         center_loss: of the centre maps, likewise.
@@ -585,7 +585,7 @@ def evaluate_blob(
     if _on_kernels(settings, BlobTerms._fields, input):
         call = _Call(settings, input, target, target_labels, valid_mask)
         return BlobTerms(**_fused(call, {"seg": 0.0, "blob": 0.0})[0])
-    scene = _Scene(settings, input, target, target_labels, valid_mask)
+    scene = Scene(settings, input, target, target_labels, valid_mask)
     planes, loss = scene.planes, settings.instance
     part = scene.partition(predicted=False)
     truth, raw = part.target, part.raw_target

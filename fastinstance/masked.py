@@ -17,7 +17,16 @@ from .criteria import Criterion
 from .ops import OnlyOnce
 from .partition import Partition, Side
 
-__all__ = ["blob_entries", "image_value", "instance_entries", "label_map", "plane_values", "row_values"]
+__all__ = [
+    "CriterionError",
+    "blob_entries",
+    "checked",
+    "image_value",
+    "instance_entries",
+    "label_map",
+    "plane_values",
+    "row_values",
+]
 
 _CHUNK = 1 << 21  # pixels of the masked images that are evaluated together
 
@@ -27,14 +36,14 @@ class Pairs(NamedTuple):
 
     plane: Tensor  # [K] int64
     factor: Tensor | None  # [K, P] of the plane's values, None for 1
-    target: Tensor  # [K, P] bool
+    target: Tensor  # [K, P] bool, or with other channels than P
 
 
 class CriterionError(ValueError):
     """A criterion returned something other than a scalar."""
 
 
-def _checked(criterion: Criterion, value: object, shape: tuple[int, ...]) -> Tensor:
+def checked(criterion: Criterion, value: object, shape: tuple[int, ...]) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
         raise CriterionError(f"expected {criterion.argument}={criterion.name} to return a floating tensor, got {got}")
@@ -51,7 +60,7 @@ def _call(criterion: Criterion, P: Tensor, G: Tensor) -> Tensor:
     shape = tuple(P.shape[1:])
 
     def one(P: Tensor, G: Tensor) -> Tensor:
-        return _checked(criterion, criterion.function(P, G), shape)
+        return checked(criterion, criterion.function(P, G), shape)
 
     try:
         return torch.func.vmap(one)(P, G)
@@ -76,7 +85,9 @@ class _Rows(torch.autograd.Function):
         for rows in _chunks(number, p):
             plane, factor, target = pairs(rows)
             P = p[plane] if factor is None else p[plane] * factor
-            values.append(_call(criterion, P.view(-1, 1, *image), target.view(-1, 1, *image).to(p.dtype)).double())
+            values.append(
+                _call(criterion, P.view(-1, 1, *image), target.view(len(plane), 1, -1, *image[1:]).to(p.dtype)).double()
+            )
         return torch.cat(values)
 
     @staticmethod
@@ -99,7 +110,7 @@ class _Rows(torch.autograd.Function):
             plane, factor, target = pairs(rows)
             with torch.enable_grad():
                 P = (p[plane] if factor is None else p[plane] * factor).requires_grad_()
-                values = _call(criterion, P.view(-1, 1, *image), target.view(-1, 1, *image).to(p.dtype))
+                values = _call(criterion, P.view(-1, 1, *image), target.view(len(plane), 1, -1, *image[1:]).to(p.dtype))
                 # A criterion that does not depend on P has a gradient of zero.
                 (slope,) = torch.autograd.grad(values + 0 * P[:, 0], P, upstream[rows].to(values.dtype))
             gradient.index_add_(0, plane, slope if factor is None else slope * factor)
@@ -128,7 +139,7 @@ def row_values(
 
 def image_value(P: Tensor, G: Tensor, criterion: Criterion) -> Tensor:
     """The criterion on whole images `[B, C, *S]`, as one call; a scalar."""
-    value = _checked(criterion, criterion.function(P, G.to(P.dtype)), tuple(P.shape))
+    value = checked(criterion, criterion.function(P, G.to(P.dtype)), tuple(P.shape))
     return value + 0 * P.flatten()[0]  # connected, whatever the criterion does
 
 
@@ -204,7 +215,7 @@ def blob_entries(labels: Tensor, target: Side, p: Tensor, criterion: Criterion, 
     """Blob loss (Kofler et al. 2023) for any criterion: as `terms.blob_entries`, on masked images.
 
     Args:
-        labels: `[planes, P]` row + 1 of the instance of each pixel, 0 = background.
+        labels: `[planes, P]` row + 1 of the instance of each pixel, 0 = background; one channel serves several of p.
         target: the ground-truth side.
         p: `[planes, P]`
         criterion: of one instance.
@@ -214,6 +225,7 @@ def blob_entries(labels: Tensor, target: Side, p: Tensor, criterion: Criterion, 
     def pairs(rows: Tensor) -> Pairs:
         plane = target.plane[rows]
         own = labels[plane] == rows[:, None] + 1
-        return Pairs(plane, (own | (labels[plane] == 0)).to(p.dtype), own)
+        kept = (own | (labels[plane] == 0)).view(len(rows), -1, p.shape[1] // image[0])
+        return Pairs(plane, kept.expand(-1, image[0], -1).flatten(1).to(p.dtype), own)
 
     return row_values(p, criterion, target.real, image, pairs)

@@ -24,14 +24,17 @@ __all__ = [
     "InstanceTerms",
     "average",
     "blob_entries",
+    "blob_sums",
     "center_boxes",
     "center_maps",
     "center_sums",
     "false_rates",
     "instance_entries",
     "inverse_weighted_dice",
+    "matched_sums",
     "plane_mean",
     "proximity",
+    "proximity_from",
 ]
 
 
@@ -82,7 +85,7 @@ def _sums(loss: SeparableLoss, inside: Tensor, outside: Tensor, target: Tensor, 
     return Sums(inside[:, 0], total[:, 1 if loss.squared else 0], target, pointwise)
 
 
-def _matched(part: Partition, features: Features, loss: SeparableLoss) -> tuple[Sums, Sums]:
+def matched_sums(part: Partition, features: Features, loss: SeparableLoss) -> tuple[Sums, Sums]:
     """Sums of the masked pairs of Eqs. 2 and 3, for every row (with the artificial ones) of either side."""
     truth, pred = part.target, part.pred
     n, m = part.linked
@@ -106,7 +109,7 @@ def instance_entries(part: Partition, features: Features, omega: Tensor, loss: S
     Returns:
         float64 `[N + artificial]` and `[M + artificial]`.
     """
-    gt_side, pred_side = _matched(part, features, loss)
+    gt_side, pred_side = matched_sums(part, features, loss)
     return loss.reduce(gt_side, omega[part.target.plane]), loss.reduce(pred_side, omega[part.pred.plane])
 
 
@@ -144,7 +147,9 @@ def false_rates(part: Partition, features: Features) -> tuple[Tensor, Tensor]:
     """
     dice = Dice()
     rates = []
-    for side, sums, partners in zip((part.target, part.pred), _matched(part, features, dice), part.pairs, strict=True):
+    for side, sums, partners in zip(
+        (part.target, part.pred), matched_sums(part, features, dice), part.pairs, strict=True
+    ):
         alone = torch.ones(side.real, dtype=torch.float64, device=partners.device)
         alone[partners] = 0
         rate = plane_mean(alone, side, side.per_plane)
@@ -157,18 +162,25 @@ def false_rates(part: Partition, features: Features) -> tuple[Tensor, Tensor]:
 def blob_entries(instances: Tensor, whole: Tensor, target: Side, omega: Tensor, loss: SeparableLoss) -> Tensor:
     """Blob loss (Kofler et al. 2023): each ground-truth instance against all but the other instances; float64 `[N]`.
 
+    Arguments as `blob_sums`; `omega` are the pixels of each plane `[planes]`.
+    """
+    return loss.reduce(blob_sums(instances, whole, target, loss), omega[target.plane[: target.real]])
+
+
+def blob_sums(instances: Tensor, whole: Tensor, target: Side, loss: SeparableLoss) -> Sums:
+    """Sums of the masked pairs of blob loss, `[N]` each.
+
     Args:
         instances: `[N, columns]` columns of each instance.
         whole: `[planes, 3]` Σ P·G, Σ P^k and Σ v of each plane, with the ground truth as G.
         target: the ground-truth side.
-        omega: `[planes]` pixels.
         loss: of one instance.
     """
     plane = target.plane[: target.real]
     mine = torch.stack([instances[:, 1 if loss.squared else 0], instances[:, -1]], 1)  # Σ P^k, Σ v
-    foreground = mine.new_zeros((len(omega), 2)).index_add(0, plane, mine)
+    foreground = mine.new_zeros((len(whole), 2)).index_add(0, plane, mine)
     pred, pointwise = (mine + (whole[:, 1:] - foreground)[plane]).unbind(1)
-    return loss.reduce(Sums(instances[:, 0], pred, target.count.double(), pointwise), omega[plane])
+    return Sums(instances[:, 0], pred, target.count.double(), pointwise)
 
 
 def inverse_weighted_dice(
@@ -314,6 +326,13 @@ def proximity(part: Partition, loss_gt: Tensor, loss_pred: Tensor, spacing: Sequ
     distance_gt, distance_pred = nearest_boxes(
         lower, upper, truth.plane, pred_lower, pred_upper, pred.plane, len(truth.entries)
     )
+    return proximity_from(part, loss_gt, loss_pred, distance_gt, distance_pred)
+
+
+def proximity_from(
+    part: Partition, loss_gt: Tensor, loss_pred: Tensor, distance_gt: Tensor, distance_pred: Tensor
+) -> Tensor:
+    """Eq. 10 from the least distance of each row of either side; `[planes]`."""
     one = torch.ones_like(part.target.entries)
     pull = plane_mean(distance_pred * loss_pred, part.pred, one)
     return (pull - plane_mean(distance_gt * loss_gt, part.target, one)).square()

@@ -20,7 +20,7 @@ LAYERS = [
     {"partition"},
     {"masked", "terms"},
     {"functional", "reference"},
-    {"losses", "testing"},
+    {"compat", "losses", "testing"},
     {"study.brain"},
     {"study.demo"},
     {"__main__"},
