@@ -368,10 +368,11 @@ def _with_masked(sums: Sums, area: Sums, omega: Tensor, known: Recognised) -> Su
     )
 
 
-def _image_losses(x: Tensor, positives: Tensor, number: Tensor, omega: Tensor, known: Recognised) -> Tensor:
-    """The criterion on whole planes x `[planes, P]`; `positives` are the flat indices with G = 1; `[planes]`."""
-    (whole,), _ = _sums(x, known, positives, None)
-    return known.loss.reduce(Sums(whole[:, 0], whole[:, 1], number, whole[:, 2]), omega)
+def _image_losses(x: Tensor, target: Tensor, omega: Tensor, known: Recognised, value: float = 1) -> Tensor:
+    """The criterion on whole planes x `[planes, P]`, where `target` [planes, P] bool has G = value; `[planes]`."""
+    (whole,), _ = _sums(x, known, target.flatten().nonzero().squeeze(1), None)
+    number = target.sum(1, dtype=torch.float64) * value ** (2 if known.loss.squared else 1)
+    return known.loss.reduce(Sums(whole[:, 0] * value, whole[:, 1], number, whole[:, 2]), omega)
 
 
 def _separable_entries(
@@ -436,8 +437,7 @@ def _entries(loss: _AuthorsLoss, scene: Scene, part: Partition) -> tuple[Tensor,
         if isinstance(known, Criterion):
             image = masked.plane_values(p, labels, known, planes.size)
         else:
-            positives = labels.flatten().nonzero().squeeze(1)
-            image = _image_losses(planes.values, positives, labels.sum(1).double(), planes.omega, known)
+            image = _image_losses(planes.values, labels, planes.omega, known)
         gt_side = torch.cat([gt_side[: truth.real], image[truth.plane[truth.real :]]])
         pred_side = torch.cat([pred_side[: pred.real], image[pred.plane[pred.real :]]])
     return scene.spoil(gt_side, truth.plane), scene.spoil(pred_side, pred.plane)
@@ -462,8 +462,7 @@ def _center(loss: _AuthorsLoss, scene: Scene, part: Partition, features: Feature
     predicted, true = tm.center_maps(part, boxes, planes.values.dtype)
     if isinstance(known, Criterion):
         return masked.plane_values(predicted, true, known, planes.size)
-    drawn = true.flatten().nonzero().squeeze(1)
-    return _image_losses(predicted, drawn, (true > 0).sum(1).double(), planes.omega, known)
+    return _image_losses(predicted, true > 0, planes.omega, known, boxes.value)
 
 
 def _wide_boxes(part: Partition, side: Side) -> Tensor:
@@ -509,7 +508,7 @@ def _instance_terms(loss: _AuthorsLoss, scene: Scene, part: Partition, proximity
     yield scene.reduce(scene.spoil(_center(loss, scene, part, features)))
     missed, false = tm.false_rates(part, features)
     for rate, number in ((false, pred.per_plane), (missed, truth.per_plane)):
-        count = rate * number
+        count, number = rate * number, number.double()
         yield scene.reduce(scene.spoil(count / (number + loss.smoother) if loss.rate_instead_number else count))
     if proximity:
         boxes = _wide_boxes(part, truth), _wide_boxes(part, pred)
