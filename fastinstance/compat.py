@@ -315,10 +315,13 @@ def _known(given: object, argument: str) -> Recognised | Criterion:
     if known is not None:
         return known
     resolved = resolve(given, argument)
-    if not isinstance(resolved, Criterion):  # a pixel loss of this library, which takes probabilities as such
-        return Recognised(resolved, sigmoid=False, pointwise_sigmoid=False)
-    advise(resolved)
-    return resolved
+    if isinstance(resolved, Criterion):
+        advise(resolved)
+        return resolved
+    settings = getattr(given, "settings", Settings())  # a pixel loss of this library has one activation for all parts
+    if settings.softmax or settings.other_act is not None:
+        raise ValueError(f"expected {argument} without softmax and other_act, got {given!r}; it sees one channel")
+    return Recognised(resolved, settings.sigmoid, settings.sigmoid)
 
 
 def _sums(

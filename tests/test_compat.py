@@ -543,6 +543,16 @@ def test_pixel_losses_of_the_library_are_criteria_too() -> None:
         assert torch.stack(found).isfinite().all()
 
 
+def test_pixel_losses_of_the_library_with_a_sigmoid_see_masked_logits() -> None:
+    logits, ids = stored_scene()
+    losses = {"sigmoid": fastinstance.DiceLoss(sigmoid=True), "focal": fastinstance.FocalLoss(gamma=1.5, sigmoid=True)}
+    for name, loss in losses.items():
+        value = compat.compute_blob_loss_multi(loss, logits, ids)
+        assert_close(value, STORED[f"blob logits/{name}/values"][0], rtol=1e-6)
+    with pytest.raises(ValueError, match="expected criterion without softmax and other_act"):
+        compat.compute_blob_loss_multi(fastinstance.DiceLoss(other_act=torch.tanh), logits, ids)
+
+
 def test_no_python_iteration_over_instances() -> None:
     def lines_executed(instances: int) -> int:
         lines = 0
