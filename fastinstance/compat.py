@@ -168,6 +168,7 @@ class _AuthorsLoss(nn.Module):
         for name, value in (("outputs", outputs), ("labels", labels), ("cc_label_batch", ids)):
             if not isinstance(value, Tensor) and not (name == "cc_label_batch" and value is None):
                 raise TypeError(f"expected {name} to be a tensor, got {type(value).__name__}")
+            _check_device(name, value, outputs)
         if outputs.ndim != self.spatial_dims + 2 or outputs.shape[1] != self.num_out_chn:
             raise ValueError(
                 f"expected outputs [B,{self.num_out_chn},*S] with {self.spatial_dims} spatial axes (num_out_chn, "
@@ -307,6 +308,11 @@ class InstanceCenterLoss(_AuthorsLoss):
     def forward(self, outputs: Tensor, labels: Tensor, cc_label_batch: Tensor | None = None) -> tuple[Tensor, ...]:
         """As `InstanceLoss.forward`, without the last term."""
         return tuple(self._terms(outputs, labels, cc_label_batch, proximity=False))
+
+
+def _check_device(name: str, value: Tensor | None, outputs: Tensor) -> None:
+    if value is not None and value.device != outputs.device:
+        raise ValueError(f"expected {name} on the device of the outputs, {outputs.device}, got {value.device}")
 
 
 def _known(given: object, argument: str) -> Recognised | Criterion:
@@ -611,6 +617,7 @@ def _check_blobs(outputs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     for name, value in (("network_outputs", outputs), ("multi_label", ids)):
         if not isinstance(value, Tensor):
             raise TypeError(f"expected {name} to be a tensor, got {type(value).__name__}")
+        _check_device(name, value, outputs)
     if not outputs.is_floating_point() or outputs.ndim not in (4, 5):
         raise ValueError(
             f"expected network_outputs [B,C,H,W] or [B,C,D,H,W] of a floating dtype, got {tuple(outputs.shape)} of "

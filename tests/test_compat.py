@@ -422,6 +422,7 @@ BAD_IMAGES: dict[str, tuple[tuple[Any, ...], type[Exception], list[str]]] = {
     "outputs of two channels": ((Y.expand(-1, 2, -1, -1), Y), ValueError, ["outputs [B,1,*S]", "(1, 2, 24, 40)"]),
     "outputs are logits": ((Y * 9, Y), ValueError, ["probabilities in [0, 1]"]),
     "outputs are a list": (([1.0], Y), TypeError, ["outputs", "list"]),
+    "labels elsewhere": ((Y, Y.to("meta")), ValueError, ["labels", "device of the outputs, cpu", "meta"]),
     "labels of another size": ((Y, Y[..., 1:]), ValueError, ["labels [B,1,*S] = (1, 1, 24, 40)", "(1, 1, 24, 39)"]),
     "labels without channels": ((Y, Y[:, 0]), ValueError, ["labels", "(1, 24, 40)"]),
     "labels are not binary": ((Y, Y * 3), ValueError, ["0 and 1"]),
@@ -458,6 +459,7 @@ BAD_BLOBS: dict[str, tuple[tuple[Any, Any], type[Exception], list[str]]] = {
     "labels without channels": ((Y, Y[0]), ValueError, ["multi_label [B,1,*S]", "(1, 24, 40)"]),
     "labels in half precision": ((Y, Y.half()), TypeError, ["multi_label", "float16"]),
     "labels with fractions": ((Y, Y * 0.5), ValueError, ["multi_label", "whole numbers"]),
+    "labels elsewhere": ((Y, Y.to("meta")), ValueError, ["multi_label", "device of the outputs, cpu", "meta"]),
     "labels below 0": ((Y, -Y), ValueError, ["multi_label", ">= 0"]),
     "labels are None": ((Y, None), TypeError, ["multi_label", "NoneType"]),
 }
