@@ -9,11 +9,13 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import masked
 from . import terms as tm
 from .backend import backend_for
 from .checks import (
@@ -31,11 +33,12 @@ from .checks import (
     reads_values,
 )
 from .components import foreground, label_planes
+from .criteria import Criterion, advise, resolve
 from .fused import fused_terms
 from .ops import DenseSums, InstanceSums, instance_sums
 from .parallel import ProcessGroup, check_process_group, global_factors, report_failure, resolve_group
 from .partition import Partition, partition
-from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums, resolve
+from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums
 from .planes import Planes, activate, to_planes
 from .terms import BlobTerms, InstanceTerms
 
@@ -92,26 +95,30 @@ class Settings:
     def _check_nested(self, name: str) -> None:
         """A module given as a pixel loss must not bring an activation of its own that differs from ours."""
         loss = getattr(self, name)
-        resolve(loss, name)
+        resolved = resolve(loss, name)
         inner = getattr(loss, "settings", None)
         if isinstance(inner, Settings):
+            if isinstance(resolved, Criterion):
+                raise TypeError(f"expected {name} to be a loss of pixels, got {loss!r}, which is one of instances")
             for option in ("sigmoid", "softmax", "other_act"):
                 if getattr(inner, option) and getattr(inner, option) != getattr(self, option):
                     raise ValueError(
                         f"expected {name} without an activation of its own, got {option}={getattr(inner, option)}; "
                         f"set {option} on the outer loss only"
                     )
+        if isinstance(resolved, Criterion):
+            advise(resolved)
 
     @property
-    def pixel(self) -> SeparableLoss:
+    def pixel(self) -> SeparableLoss | Criterion:
         return resolve(self.pixel_loss, "pixel_loss")
 
     @property
-    def instance(self) -> SeparableLoss:
+    def instance(self) -> SeparableLoss | Criterion:
         return resolve(self.instance_loss, "instance_loss")
 
     @property
-    def center(self) -> SeparableLoss:
+    def center(self) -> SeparableLoss | Criterion:
         return resolve(self.center_loss, "center_loss")
 
 
@@ -168,13 +175,20 @@ class _Call:
         )
 
 
-class _Scene(_Call):
+class Scene(_Call):
     """A call with its planes, partition and sums, shared by all terms."""
 
     def __init__(self, settings: Settings, *images: Tensor | None) -> None:
         super().__init__(settings, *images)  # pyright: ignore[reportArgumentType]
         self.planes = self.in_planes()
         self.poison = _poison(self.planes)
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """[planes, P], NaN in value and derivative where the input of the plane is not finite."""
+        values = self.planes.values
+        p = values.sigmoid() if self.planes.logits else values
+        return p if self.poison is None else p * self.poison[:, None].to(p.dtype)
 
     def partition(self, predicted: bool) -> Partition:
         return partition(
@@ -205,9 +219,18 @@ class _Scene(_Call):
         value = value.to(planes.values.dtype)
         return value.view(planes.batch, planes.channels) if self.settings.reduction == "none" else value
 
+    def criterion_seg(self, criterion: Criterion) -> Tensor:
+        """The pixel term of any callable: one call on all images, or one for each plane where planes are kept apart."""
+        planes, p = self.planes, self.probabilities
+        if self.settings.reduction == "mean":
+            shape = (planes.batch, planes.channels, *planes.size)
+            return self.finish(masked.image_value(p.view(shape), planes.target.view(shape), criterion))
+        return self.reduce(masked.plane_values(p, planes.target.flatten(1), criterion, planes.size))
+
     def seg(self, whole: Tensor, positives: Tensor, part: Partition | None, raw_instances: Tensor | None) -> Tensor:
         """The pixel term from the sums of each plane and, for the inverse-weighted Dice, of each instance."""
         planes, loss = self.planes, self.settings.pixel
+        assert isinstance(loss, SeparableLoss)
         if self.poison is not None:  # before the channels of an image are joined
             whole = whole * self.poison[:, None]
         plane = positives // planes.values.shape[1]
@@ -239,21 +262,32 @@ def _poison(planes: Planes) -> Tensor | None:
     return 1 + (values * factor).nan_to_num(nan=math.nan, posinf=0, neginf=0).sum(1).double()
 
 
-def _rows(part: Partition) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
+def table_rows(part: Partition) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
     """Table rows of the listed pixels: 2·id + (the other side is there), for either side."""
     t, q = part.target.label, part.pred.label
     return (2 * t + (q > 0), 2 * (part.target.real + 1)), (2 * q + (t > 0), 2 * (part.pred.real + 1))
 
 
-def _by_instance(table: Tensor) -> Tensor:
+def instance_table(table: Tensor) -> Tensor:
     """[2·(K + 1), …] -> [K, 2, …], without the background."""
     return table.view(-1, 2, *table.shape[1:])[1:]
 
 
-def _as_numbers(loss: SeparableLoss, wanted: bool) -> tuple[tuple[float, ...], bool, float] | None:
+def _as_numbers(loss: SeparableLoss | Criterion, wanted: bool) -> tuple[tuple[float, ...], bool, float] | None:
     """A loss in the words of the kernels."""
+    if not wanted or isinstance(loss, Criterion):
+        return None
     form = loss.form
-    return (form.numbers, form.squared, -1.0 if form.gamma is None else form.gamma) if wanted else None
+    return form.numbers, form.squared, -1.0 if form.gamma is None else form.gamma
+
+
+def _on_kernels(settings: Settings, wanted: Collection[str], input: Tensor) -> bool:
+    """Whether the kernels compute these terms; a callable needs torch."""
+    if not isinstance(input, Tensor) or backend_for(input) != "triton":
+        return False
+    needs = {"seg": settings.pixel, "center": settings.center}
+    needs |= dict.fromkeys(("instance_gt", "instance_pred", "proximity", "blob"), settings.instance)
+    return not any(isinstance(needs.get(name), Criterion) for name in wanted)
 
 
 def _drop_small_ids(ids: Tensor, min_size: int) -> Tensor:
@@ -393,7 +427,7 @@ def weighted_sum(
 ) -> Tensor:
     """Sum of weight · term over the named terms, of `InstanceTerms` or ("seg", "blob") of `BlobTerms`."""
     alone = resolve_group(settings.process_group) is None
-    if alone and isinstance(input, Tensor) and backend_for(input) == "triton":
+    if alone and _on_kernels(settings, weights, input):
         call = _Call(settings, input, target, target_labels, valid_mask)
         return _fused(call, weights)[1]
     images = input, target, target_labels, valid_mask
@@ -424,17 +458,17 @@ def _evaluate(
     target_labels: Tensor | None,
     valid_mask: Tensor | None,
 ) -> _Local:
-    if isinstance(input, Tensor) and backend_for(input) == "triton":
+    if _on_kernels(settings, wanted, input):
         return _fused(_Call(settings, input, target, target_labels, valid_mask), dict.fromkeys(wanted, 0.0))[0]
-    scene = _Scene(settings, input, target, target_labels, valid_mask)
-    planes, loss = scene.planes, settings.instance
+    scene = Scene(settings, input, target, target_labels, valid_mask)
+    planes, pixel, loss = scene.planes, settings.pixel, settings.instance
     by_instance = any(name != "seg" for name in wanted)
     weighted = "seg" in wanted and isinstance(settings.pixel, InverseWeightedDice)
     part = scene.partition(predicted=by_instance) if by_instance or weighted else None
     request, tables, areas = None, [], []
     if part is not None:
-        tables = list(_rows(part)) if by_instance else []
-        areas = [_by_instance(torch.bincount(rows, minlength=n).double()) for rows, n in tables]
+        tables = list(table_rows(part)) if by_instance else []
+        areas = [instance_table(torch.bincount(rows, minlength=n).double()) for rows, n in tables]
         if weighted:
             tables.append((part.raw_target.label, part.raw_target.real + 1))
         own = not {"instance_gt", "instance_pred", "proximity"}.isdisjoint(wanted)
@@ -445,21 +479,26 @@ def _evaluate(
             loss.pointwise if own else None,
             tuple(tables),
         )
-    dense = [scene.dense_request(part)] if "seg" in wanted else []
+    dense = [scene.dense_request(part)] if "seg" in wanted and not isinstance(pixel, Criterion) else []
     whole, tables = instance_sums(planes.values, planes.logits, tuple(dense), request)
 
     result: dict[str, Tensor] = {}
     number = len(planes.omega)
-    if "seg" in wanted:
+    if "seg" in wanted and isinstance(pixel, Criterion):
+        result["seg"] = scene.criterion_seg(pixel)
+    elif "seg" in wanted:
         result["seg"] = scene.seg(whole[0], dense[0].target, part, tables[-1][1:, 0] if weighted else None)
     if part is None or not by_instance:
         return _Local(result, number, planes.omega.new_zeros(2))
 
-    features = tm.Features(_by_instance(tables[0]), _by_instance(tables[1]), *areas)
+    features = tm.Features(instance_table(tables[0]), instance_table(tables[1]), *areas)
     truth, pred = part.target, part.pred
     pred_entries = pred.entries if settings.pred_normalizer == "pred" else truth.entries
     if not {"instance_gt", "instance_pred", "proximity"}.isdisjoint(wanted):
-        loss_gt, loss_pred = tm.instance_entries(part, features, planes.omega, loss)
+        if isinstance(loss, Criterion):
+            loss_gt, loss_pred = masked.instance_entries(part, scene.probabilities, loss)
+        else:
+            loss_gt, loss_pred = tm.instance_entries(part, features, planes.omega, loss)
         loss_gt, loss_pred = scene.spoil(loss_gt, truth.plane), scene.spoil(loss_pred, pred.plane)
         how = {"average": settings.average, "reduction": settings.reduction}
         if "instance_gt" in wanted:
@@ -469,8 +508,13 @@ def _evaluate(
         if "proximity" in wanted:
             result["proximity"] = scene.reduce(tm.proximity(part, loss_gt, loss_pred, scene.spacing))
     if "center" in wanted:
-        sums = tm.center_sums(part, features, planes.valid, scene.center_size, settings.center)
-        result["center"] = scene.reduce(scene.spoil(settings.center.reduce(sums, planes.omega)))
+        boxes, center = tm.center_boxes(part, features, planes.valid, scene.center_size), settings.center
+        if isinstance(center, Criterion):
+            maps = tm.center_maps(part, boxes, planes.values.dtype)
+            values = masked.plane_values(*maps, center, planes.size)
+        else:
+            values = center.reduce(tm.center_sums(part, boxes, center), planes.omega)
+        result["center"] = scene.reduce(scene.spoil(values))
     if not {"false_gt", "false_pred"}.isdisjoint(wanted):
         for name, rate in zip(("false_gt", "false_pred"), tm.false_rates(part, features), strict=True):
             result[name] = scene.reduce(scene.spoil(rate))
@@ -509,8 +553,12 @@ def instance_terms(
             `softmax`, anything with `other_act`, else probabilities. Each class of each image is a plane of its own.
         target: `[B, C, *S]` or `[B, 1, *S]`, binary of any dtype; class indices `[B, 1, *S]` with `to_onehot_y`.
         pixel_loss: of the whole image (`seg`): a name ("dice", "ce", "dicece", "generalized_dice", "focal", "gdf",
-            "tversky", "inverse_weighted_dice") or a pixel loss of this library.
-        instance_loss: of one instance, likewise.
+            "tversky", "inverse_weighted_dice"), a pixel loss of this library, or any callable `(P, G) -> scalar`. P are
+            probabilities, G 0 or 1, `[B, C, *S]` (`[1, 1, *S]` for each plane on its own if `reduction` is not
+            "mean"); pixels that are not valid are 0 in both. MONAI's DiceLoss, TverskyLoss and GeneralizedDiceLoss
+            without activation are recognised.
+        instance_loss: of one instance, likewise; a callable sees `[1, 1, *S]`, 0 where P and G are masked. It must
+            work under `torch.func.vmap`, and is much slower than a separable loss.
         center_loss: of the centre maps, likewise.
         average: "instance" averages `instance_gt` and `instance_pred` over all instances of the batch; "image" per
             plane, then over planes. The other terms are always averaged per plane, then over planes.
@@ -546,8 +594,9 @@ def instance_terms(
 
     Raises:
         ValueError: shapes, devices, names or values that do not fit (values are checked on the CPU, and on a GPU
-            with `fastinstance.debug_checks(True)`).
+            with `fastinstance.debug_checks(True)`); a callable that does not return a scalar.
         TypeError: wrong dtypes or kinds of arguments.
+        RuntimeError: a callable that `torch.func.vmap` cannot batch.
 
     With a process group the errors of one rank reach the others, as RuntimeError, and ranks with different settings
     raise ValueError, always on the CPU and on a GPU in the first call with these settings.
@@ -623,10 +672,10 @@ def evaluate_blob(
 def _evaluate_blob(
     settings: Settings, input: Tensor, target: Tensor, target_labels: Tensor | None, valid_mask: Tensor | None
 ) -> _Local:
-    if isinstance(input, Tensor) and backend_for(input) == "triton":
+    if _on_kernels(settings, BlobTerms._fields, input):
         call = _Call(settings, input, target, target_labels, valid_mask)
         return _fused(call, {"seg": 0.0, "blob": 0.0})[0]
-    scene = _Scene(settings, input, target, target_labels, valid_mask)
+    scene = Scene(settings, input, target, target_labels, valid_mask)
     planes, loss = scene.planes, settings.instance
     part = scene.partition(predicted=False)
     truth, raw = part.target, part.raw_target
@@ -647,9 +696,16 @@ def _evaluate_blob(
     whole, tables = instance_sums(
         planes.values, planes.logits, (seg_sums,) if shared else (seg_sums, outside_sums), request
     )
-    seg = scene.seg(whole[0], seg_sums.target, part, tables[-1][1:, 0] if weighted else None)
+    if isinstance(settings.pixel, Criterion):
+        seg = scene.criterion_seg(settings.pixel)
+    else:
+        seg = scene.seg(whole[0], seg_sums.target, part, tables[-1][1:, 0] if weighted else None)
 
-    values = tm.blob_entries(tables[0][1:], whole[-1], truth, planes.omega, loss)
+    if isinstance(loss, Criterion):
+        labels = masked.label_map(part, truth)
+        values = masked.blob_entries(labels, truth, scene.probabilities, loss, (1, *planes.size))
+    else:
+        values = tm.blob_entries(tables[0][1:], whole[-1], truth, planes.omega, loss)
     per_plane = scene.spoil(tm.plane_mean(values, truth, truth.per_plane))
     filled = (truth.per_plane > 0).sum()
     # The mean is over the planes that have an instance.

@@ -14,6 +14,7 @@ from .pixel import Pointwise, cost_of
 __all__ = [
     "DenseSums",
     "InstanceSums",
+    "OnlyOnce",
     "instance_sums",
 ]
 
@@ -226,7 +227,7 @@ class _Sums(torch.autograd.Function):
         given = [u for u in upstream if u is not None]
         if not given:
             return None, None, None, None
-        return _OnlyOnce.apply(_Sums._gradient(ctx, upstream), *given), None, None, None
+        return OnlyOnce.apply(_Sums._gradient(ctx, upstream), *given), None, None, None
 
     @staticmethod
     @torch.no_grad()
@@ -247,7 +248,7 @@ class _Sums(torch.autograd.Function):
         return gradient
 
 
-class _OnlyOnce(torch.autograd.Function):
+class OnlyOnce(torch.autograd.Function):
     """Identity on a finished gradient, so that a second derivative is an error and not a silent zero."""
 
     @staticmethod

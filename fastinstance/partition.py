@@ -91,13 +91,17 @@ class Partition:
             lower[side.real :, axis], upper[side.real :, axis] = length // 2 - 1, length // 2 + 2
         return lower, upper
 
-    def centroids(self, side: Side) -> Tensor:
-        """Pixel nearest to the centroid, floor((2Σx + n) / 2n) in integers; int64 [K, axes]."""
+    def coordinate_sums(self, side: Side) -> Tensor:
+        """Σx of each instance along each axis; int64 [K, axes]."""
         sums = [
             side.count.new_zeros(side.real + 1).index_add_(0, side.label, position)[1:] for position in self.coordinates
         ]
-        twice = 2 * side.count[:, None]
-        return (2 * torch.stack(sums, 1) + side.count[:, None]) // twice
+        return torch.stack(sums, 1)
+
+    def centroids(self, side: Side) -> Tensor:
+        """Pixel nearest to the centroid, floor((2Σx + n) / 2n) in integers; int64 [K, axes]."""
+        count = side.count[:, None]
+        return (2 * self.coordinate_sums(side) + count) // (2 * count)
 
 
 def _unique(keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -594,6 +594,15 @@ def reduce_entries(
     return reduce_planes(means, reduction)
 
 
+def seg_term(batch: list[list[Plane]], loss: Loss, softmax: bool, reduction: Reduction) -> Tensor:
+    """L_seg. Any callable sees all images `[B, C', *S]` at once, or each plane on its own if planes are kept apart."""
+    if callable(loss) and reduction == "mean":
+        P = torch.stack([torch.stack([plane.image.p for plane in planes]) for planes in batch])
+        G = torch.stack([torch.stack([plane.y for plane in planes]) for planes in batch])
+        return loss(P, G.to(P.dtype)) + (P * 0.0).sum()
+    return reduce_planes(pixel_terms(batch, loss, softmax), reduction)
+
+
 def pixel_terms(batch: list[list[Plane]], loss: Loss, softmax: bool) -> list[list[Tensor]]:
     """L_seg per plane."""
     values = []
@@ -673,7 +682,7 @@ def instance_terms(
         for rows in zip(batch, entries_gt, entries_pred, strict=True)
     ]
     return InstanceTerms(
-        seg=reduce_planes(pixel_terms(batch, pixel_loss, softmax), reduction),
+        seg=seg_term(batch, pixel_loss, softmax, reduction),
         instance_gt=reduce_entries(entries_gt, count_gt, average, reduction),
         instance_pred=reduce_entries(entries_pred, divisor_pred, average, reduction),
         center=reduce_planes(per_plane(batch, lambda x: center_term(x, center_loss, size)), reduction),
@@ -735,4 +744,4 @@ def blob_terms(
         blob = reduce_planes(means, "sum") / max(planes_with_blobs, 1)
     else:
         blob = reduce_planes(means, reduction)
-    return BlobTerms(seg=reduce_planes(pixel_terms(batch, pixel_loss, softmax), reduction), blob=blob)
+    return BlobTerms(seg=seg_term(batch, pixel_loss, softmax, reduction), blob=blob)

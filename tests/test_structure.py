@@ -15,12 +15,12 @@ import fastinstance
 ROOT = Path(__file__).parent.parent
 # A module may import from the layers above its own in this list (and from its own).
 LAYERS = [
-    {"backend", "boxes", "checks", "fused", "graphs", "pixel"},
+    {"backend", "boxes", "checks", "criteria", "fused", "graphs", "pixel"},
     {"components", "ops", "parallel", "planes"},
     {"partition"},
-    {"terms"},
+    {"masked", "terms"},
     {"functional", "reference"},
-    {"losses", "testing"},
+    {"compat", "losses", "testing"},
     {"integrations.lightning", "integrations.nnunet.trainers"},
     {"study.brain"},
     {"study.demo"},
