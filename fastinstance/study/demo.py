@@ -29,12 +29,12 @@ from matplotlib.patches import Patch
 from monai.losses.dice import GeneralizedDiceFocalLoss as MonaiGDF
 from monai.networks.nets.unet import UNet
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastinstance
 from fastinstance import functional, reference
+from fastinstance.metrics import match_instances, plane_metrics, volume_sums
 from fastinstance.study import brain
 
 BATCH = 8
@@ -138,8 +138,11 @@ class Detection(NamedTuple):
     found_by_size: NDArray[np.int64]
     false_by_size: NDArray[np.int64]
     predicted: int  # instances
-    dice: float
+    sensitivity: float
+    precision: float
+    f1: float
     panoptic_quality: float
+    dice: float
 
     @property
     def true(self) -> int:
@@ -153,55 +156,35 @@ class Detection(NamedTuple):
     def false(self) -> int:
         return int(self.false_by_size.sum())
 
-    @property
-    def sensitivity(self) -> float:
-        return self.found / self.true if self.true else 0.0
 
-    @property
-    def precision(self) -> float:
-        return 1 - self.false / self.predicted if self.predicted else 0.0
-
-    @property
-    def f1(self) -> float:
-        total = self.sensitivity + self.precision
-        return 2 * self.sensitivity * self.precision / total if total else 0.0
-
-
-def _numbered(mask: Tensor) -> NDArray[np.int64]:
+def _numbered(mask: Tensor) -> Tensor:
     """Components of `mask` [Z, 1, Y, X], numbered 1, 2, ... through all slices, without those below MIN_SIZE pixels."""
     labels, counts = fastinstance.label(mask, min_size=MIN_SIZE)
     before = (counts.cumsum(0) - counts)[..., None, None]
-    return torch.where(labels > 0, labels + before, 0).numpy().astype(np.int64)
-
-
-def _group(pixels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number of instances in each size group, given their pixel counts."""
-    return np.histogram(pixels * brain.VOXEL_ML, bins=SIZE_EDGES)[0]
+    return torch.where(labels > 0, labels + before, 0)
 
 
 def detect(prediction: Tensor, target: Tensor) -> Detection:
     """Compares the binary masks of one subject, [Z, 1, Y, X], slice by slice.
 
-    An instance is found (not false) if it shares a pixel with the other side. Panoptic quality is the sum of the Dice
-    coefficients of matched pairs over TP + FP/2 + FN/2 (Eq. 15), matched one to one so that the sum is largest.
+    An instance is found (not false) if it shares a pixel with the other side; panoptic quality is that of
+    `fastinstance.instance_metrics`.
     """
-    t, q = _numbered(target), _numbered(prediction)
-    size_t, size_q = np.bincount(t.ravel()), np.bincount(q.ravel())
-    n, m = len(size_t) - 1, len(size_q) - 1
-    both = (t > 0) & (q > 0)
-    overlap = np.bincount(t[both] * (m + 1) + q[both], minlength=(n + 1) * (m + 1)).reshape(n + 1, m + 1)[1:, 1:]
-    pair_dice = 2 * overlap / (size_t[1:, None] + size_q[None, 1:])
-    found, hit = overlap.any(1), overlap.any(0)
-    candidates = pair_dice[:, hit]
-    matched = candidates[linear_sum_assignment(candidates, maximize=True)]
-    pixels = size_t[1:].sum() + size_q[1:].sum()
+    t, q = (_numbered(mask)[:, 0][None, None] for mask in (target, prediction))
+    matches = match_instances(q > 0, t > 0, pred_labels=q, target_labels=t)
+    metrics = {name: value.item() for name, value in plane_metrics(matches).items()}
+    sums = volume_sums(matches, SIZE_EDGES[1:-1], brain.VOXEL_ML)[0, 0].long().numpy()
+    true, found, _, predicted, hit = sums.T
     return Detection(
-        true_by_size=_group(size_t[1:]),
-        found_by_size=_group(size_t[1:][found]),
-        false_by_size=_group(size_q[1:][~hit]),
-        predicted=m,
-        dice=2 * overlap.sum() / pixels if pixels else 0.0,
-        panoptic_quality=2 * matched.sum() / (n + m) if n + m else 0.0,  # TP + FP/2 + FN/2 = (n + m) / 2
+        true_by_size=true,
+        found_by_size=found,
+        false_by_size=predicted - hit,
+        predicted=metrics["n_pred"],
+        sensitivity=metrics["sen"],
+        precision=metrics["ppv"],
+        f1=metrics["f1"],
+        panoptic_quality=metrics["pq"],
+        dice=metrics["dsc"],
     )
 
 
@@ -406,7 +389,7 @@ class Overlay(NamedTuple):
 
 def paint(image: Tensor, prediction: Tensor, target: Tensor) -> Overlay:
     """Found lesions, with the predictions that hit them, green, missed ones blue, false predictions red; all [Y, X]."""
-    t, q = (_numbered(mask[None, None])[0, 0] for mask in (target > 0, prediction))
+    t, q = (_numbered(mask[None, None])[0, 0].numpy() for mask in (target > 0, prediction))
     found = np.zeros(t.max() + 1, bool)
     hit = np.zeros(q.max() + 1, bool)
     both = (t > 0) & (q > 0)
