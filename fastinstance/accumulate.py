@@ -182,21 +182,26 @@ class InstanceMetrics(_Base):
 
         Returns:
             For each metric of `instance_metrics` its mean, and as `..._std`, `..._low` and `..._high` the standard
-            deviation over subjects and the confidence interval of the mean, all `[C]`; `n_subjects`. With `by_volume`
-            also `[C, groups]`, pooled over subjects: `volume_n_target`, `volume_n_found`, `volume_n_missed` by true
-            volume and `volume_n_pred`, `volume_n_false` by predicted volume; `volume_sen`, `volume_ppv`, `volume_f1`
-            from them; `volume_dsc`, the mean over the true instances of their Dice coefficient with the union of their
-            partners. Before any subject the means are NaN.
+            deviation over subjects and the confidence interval of the mean, all `[C]`, scalars for `channels=1`;
+            `n_subjects`. With `by_volume` also `[C, groups]` (`[groups]`), pooled over subjects: `volume_n_target`,
+            `volume_n_found`, `volume_n_missed` by true volume and `volume_n_pred`, `volume_n_false` by predicted volume;
+            `volume_sen`, `volume_ppv`, `volume_f1` from them; `volume_dsc`, the mean over the true instances of their
+            Dice coefficient with the union of their partners. Before any subject the means are NaN.
         """
         rows = self.rows if isinstance(self.rows, Tensor) else torch.cat([self.groups.new_empty(0), *self.rows])
         table = rows.view(-1, self.channels, len(METRICS))
         result = {"n_subjects": torch.tensor(len(table), device=table.device)}
         for suffix, values in summarise(table, **self._summary)._asdict().items():
             for name, column in zip(METRICS, values.unbind(-1), strict=True):
-                result[name if suffix == "mean" else f"{name}_{suffix}"] = column
+                result[name if suffix == "mean" else f"{name}_{suffix}"] = self._only(column)
         if self.by_volume is not None:
-            result |= {f"volume_{name}": value for name, value in _of_groups(self.groups, self.zero_division).items()}
+            for name, value in _of_groups(self.groups, self.zero_division).items():
+                result[f"volume_{name}"] = self._only(value)
         return result
+
+    def _only(self, value: Tensor) -> Tensor:
+        """Without the axis of the channels if there is one channel."""
+        return value[0] if self.channels == 1 else value
 
     @property
     def volume_names(self) -> list[str]:

@@ -182,7 +182,8 @@ def match_instances(
             linked = _greatest_first(score, n, m, rows, linked)
         one_to_one = linked
     return Matches(
-        *pred.shape[:2],
+        pred.shape[0],
+        pred.shape[1],
         Instances(part.target.count, part.target.plane[: rows[0]], _any_of(n, linked, rows[0])),
         Instances(part.pred.count, part.pred.plane[: rows[1]], _any_of(m, linked, rows[1])),
         n,

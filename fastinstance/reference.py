@@ -863,7 +863,8 @@ def metrics_by_volume(
 
     `dice` adds up, over the true instances, the Dice coefficient of each with the union of its partners.
     """
-    groups = [dict.fromkeys(("n_target", "found", "n_pred", "hit", "dice"), 0.0) for _ in range(len(edges) + 1)]
+    names: list[str] = ["n_target", "found", "n_pred", "hit", "dice"]
+    groups = [dict.fromkeys(names, 0.0) for _ in range(len(edges) + 1)]
     detects = partners(t, q, matching, threshold)
     for n in ids_in(t):
         group = groups[volume_group(int((t == n).sum()), voxel_ml, edges)]

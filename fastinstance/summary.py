@@ -34,7 +34,7 @@ def summarise(values: Tensor, *, confidence: float = 0.95, resamples: int = 1000
     The bootstrap draws whole subjects with replacement, `resamples` times, the same ones for every column.
     """
     subjects, *shape = values.shape
-    flat = values.reshape(subjects, -1).double()
+    flat = values.flatten(1).double()
     there = ~flat.isnan()
     flat, count = flat.nan_to_num(), there.sum(0)
     mean = flat.sum(0) / count

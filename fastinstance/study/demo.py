@@ -179,7 +179,7 @@ def detect(prediction: Tensor, target: Tensor) -> Detection:
         true_by_size=true,
         found_by_size=found,
         false_by_size=predicted - hit,
-        predicted=metrics["n_pred"],
+        predicted=int(metrics["n_pred"]),
         sensitivity=metrics["sen"],
         precision=metrics["ppv"],
         f1=metrics["f1"],
