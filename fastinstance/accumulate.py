@@ -184,7 +184,7 @@ class InstanceMetrics(_Base):
             For each metric of `instance_metrics` its mean, and as `..._std`, `..._low` and `..._high` the standard
             deviation over subjects and the confidence interval of the mean, all `[C]`, scalars for `channels=1`;
             `n_subjects`. With `by_volume` also `[C, groups]` (`[groups]`), pooled over subjects: `volume_n_target`,
-            `volume_n_found`, `volume_n_missed` by true volume and `volume_n_pred`, `volume_n_false` by predicted volume;
+            `volume_n_found`, `volume_n_missed` by true and `volume_n_pred`, `volume_n_false` by predicted volume;
             `volume_sen`, `volume_ppv`, `volume_f1` from them; `volume_dsc`, the mean over the true instances of their
             Dice coefficient with the union of their partners. Before any subject the means are NaN.
         """

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,8 +31,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastinstance
-from fastinstance import functional, reference
+from fastinstance import functional, overlay, reference
+from fastinstance.files import part_of, replacing
 from fastinstance.metrics import match_instances, plane_metrics, volume_sums
+from fastinstance.overlay import FALSE, FOUND, MISSED
 from fastinstance.study import brain
 
 BATCH = 8
@@ -50,7 +50,6 @@ STAGES = ("before", "after")
 
 GREY = (-2.5, 3.5)  # intensities shown black and white
 HEAD = -2.9  # intensities above it belong to the head
-FOUND, MISSED, FALSE = "#2ee66b", "#4da3ff", "#ff3b30"
 
 
 class DemoError(Exception):
@@ -320,17 +319,6 @@ def time_losses(
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` only when the block ends well."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def prepare_folder(out: Path) -> tuple[Path, Path]:
     """Makes the folder and checks, before any work, that the picture and the table can be written there.
 
@@ -343,7 +331,7 @@ def prepare_folder(out: Path) -> tuple[Path, Path]:
         for path in (picture, table):
             if path.is_dir():
                 raise IsADirectoryError(f"{path.name} is a folder")
-            part = path.with_name(f".{path.name}.{os.getpid()}.part")
+            part = part_of(path)
             part.touch()
             part.unlink()
     except OSError as error:
@@ -370,12 +358,8 @@ def write_table(path: Path, results: dict[tuple[str, str], list[Detection]], mat
             at_precision = matched.get(loss) if (stage, subject) == ("after", "all") else None
             extra = "" if at_precision is None else f"{at_precision:.6f}"
             rows.append([loss, stage, THRESHOLD, subject, *counts, *means, extra, *np.concatenate(sizes)])
-    with _replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
-
-
-def _rgb(colour: str) -> NDArray[np.float64]:
-    return np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
 
 
 class Overlay(NamedTuple):
@@ -389,17 +373,8 @@ class Overlay(NamedTuple):
 
 def paint(image: Tensor, prediction: Tensor, target: Tensor) -> Overlay:
     """Found lesions, with the predictions that hit them, green, missed ones blue, false predictions red; all [Y, X]."""
-    t, q = (_numbered(mask[None, None])[0, 0].numpy() for mask in (target > 0, prediction))
-    found = np.zeros(t.max() + 1, bool)
-    hit = np.zeros(q.max() + 1, bool)
-    both = (t > 0) & (q > 0)
-    found[t[both]] = hit[q[both]] = True
-    grey = np.clip((image.numpy() - GREY[0]) / (GREY[1] - GREY[0]), 0, 1).astype(float)
-    picture = 0.8 * np.repeat(grey[..., None], 3, axis=-1)  # darker than the image, so that small spots stand out
-    layers = ((found[t] | hit[q], FOUND), ((t > 0) & ~found[t], MISSED), ((q > 0) & ~hit[q], FALSE))
-    for mask, colour in layers:
-        picture[mask] = 0.15 * picture[mask] + 0.85 * _rgb(colour)
-    return Overlay(picture, int(found.sum()), int((~found[1:]).sum()), int((~hit[1:]).sum()))
+    painted = overlay.paint(image.numpy(), prediction.numpy(), (target > 0).numpy(), min_size=MIN_SIZE)
+    return Overlay(overlay.colour(painted.image, painted.layer, *GREY), painted.found, painted.missed, painted.false)
 
 
 def pick_slices(labels: Tensor, slices: int, count: int = 3) -> list[int]:
@@ -451,11 +426,11 @@ def draw(path: Path, data: Slices, predictions: dict[str, Tensor], chosen: Seque
         panel(row, 0, image.numpy())
         write(0, 0.5, middle, f"test subject {index // slices + 1}, slice {index % slices + 1}", "white", 13)
         for column, logits in enumerate(predictions.values(), start=1):
-            overlay = paint(image, logits[index, 0] >= 0, target)
-            panel(row, column, overlay.picture)
-            write(column, 0.22, middle, f"found {overlay.found}", FOUND, 13)
-            write(column, 0.50, middle, f"missed {overlay.missed}", MISSED, 13)
-            write(column, 0.78, middle, f"false {overlay.false}", FALSE, 13)
+            painted = paint(image, logits[index, 0] >= 0, target)
+            panel(row, column, painted.picture)
+            write(column, 0.22, middle, f"found {painted.found}", FOUND, 13)
+            write(column, 0.50, middle, f"missed {painted.missed}", MISSED, 13)
+            write(column, 0.78, middle, f"false {painted.false}", FALSE, 13)
     names = (("found", FOUND), ("missed", MISSED), ("false", FALSE))
     figure.legend(
         handles=[Patch(color=colour, label=name) for name, colour in names],
@@ -465,7 +440,7 @@ def draw(path: Path, data: Slices, predictions: dict[str, Tensor], chosen: Seque
         labelcolor="white",
         fontsize=14,
     )
-    with _replacing(path) as part:
+    with replacing(path) as part:
         figure.savefig(part, format="png", facecolor="black")
 
 
