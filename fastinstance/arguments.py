@@ -110,7 +110,7 @@ def add_commands(commands: Any) -> None:
         "evaluate",
         "instance-level metrics of predicted masks, file by file",
         "Compares masks in two folders, matched by name: NIfTI, TIFF, PNG or npy. A row for each pair goes to --out, "
-        "the mean over the pairs is printed. Rows that are there already are kept unless files or settings have changed.",
+        "the mean over the pairs is printed. Rows that are there already are kept unless files or settings changed.",
     )
     evaluate.add_argument("pred", type=Path, metavar="PRED", help="folder (or file) of predicted masks")
     evaluate.add_argument("target", type=Path, metavar="TARGET", help="folder (or file) of true masks")

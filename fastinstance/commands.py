@@ -230,7 +230,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     finally:
         save()
     every = [row for name in sorted(rows) for row in rows[name]]
-    summary = {"" if label is None else str(label): _summary(every, label) for label in options.labels or (None,)}
+    summary = {"all" if label is None else str(label): _summary(every, label) for label in options.labels or (None,)}
     if arguments.json:
         plain = [{key: value for key, value in row.items() if key != "inputs"} for row in every]
         _print_json(
@@ -262,8 +262,8 @@ def _summary(rows: Result, label: int | None) -> dict[str, dict[str, float]]:
 
 
 def _print_summary(label: str, metrics: Mapping[str, Mapping[str, float]], pairs: int) -> None:
-    title = f"label {label}, " if label else ""
-    print(f"{title}{pairs} pairs{'':<9}mean       std   95 % of the mean")
+    title = f"{pairs} pairs" if label == "all" else f"{pairs} pairs, label {label}"
+    print(f"{title:<19}{'mean':>10}{'std':>10}   95 % of the mean")
     for name, value in metrics.items():
         numbers = (f"{value[part]:.4f}" for part in ("mean", "std", "low", "high"))
         mean, std, low, high = numbers

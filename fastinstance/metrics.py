@@ -108,8 +108,8 @@ def voxel_volume(spacing: float | Sequence[float] | None, axes: int) -> float:
 
 
 def least_pixels(volume_ml: float, voxel_ml: float) -> int:
-    """Pixels of the smallest instance that is not below a volume; a rounding error of the product does not count."""
-    return math.ceil(volume_ml / voxel_ml * (1 - 1e-12))
+    """Pixels of the smallest instance that is not below a volume, as far as a spacing in float32 can tell."""
+    return math.ceil(volume_ml / voxel_ml * (1 - 1e-6))
 
 
 def _greatest_first(score: Tensor, n: Tensor, m: Tensor, rows: tuple[int, int], candidates: Tensor) -> Tensor:

@@ -68,8 +68,11 @@ def _panels(picture: Painted, spacing: Sequence[float], affine: NDArray[np.float
     if affine is None:
         if image.ndim == 2:
             return [_panel("", image, layer, size[0], size[1])]
-        edges = [[s for other, s in enumerate(size) if other != axis] for axis in range(3)]
-        return [_panel(f"along axis {axis}", image.max(axis), layer.max(axis), *edges[axis]) for axis in range(3)]
+        rows, columns = (1, 0, 0), (2, 2, 1)
+        return [
+            _panel(f"along axis {axis}", image.max(axis), layer.max(axis), size[rows[axis]], size[columns[axis]])
+            for axis in range(3)
+        ]
     # Turn the axes so that x goes to the right, y to the front and z up, as far as whole turns can.
     orientations = need("nibabel.orientations", "the orientation of NIfTI files")
     image, layer = (array.reshape(*array.shape, 1) if array.ndim == 2 else array for array in (image, layer))
@@ -83,8 +86,8 @@ def _panels(picture: Painted, spacing: Sequence[float], affine: NDArray[np.float
         if image.shape[(axis + 1) % 3] == 1 or image.shape[(axis + 2) % 3] == 1:
             continue  # a single slice, seen from its edge
         right, up = (other for other in range(3) if other != axis)
-        views = [np.flipud(array.max(axis).T) for array in (image, layer)]
-        panels.append(_panel(VIEWS[axis], *views, size[up], size[right]))
+        grey, inside = (np.flipud(array.max(axis).T) for array in (image, layer))
+        panels.append(_panel(VIEWS[axis], grey, inside, size[up], size[right]))
     return panels
 
 
@@ -137,7 +140,8 @@ def draw(
         drawn = figure.add_axes(place)
         drawn.imshow(colour(panel.grey, panel.layer, low, high), aspect="auto", interpolation="nearest")
         drawn.set_axis_off()
-        figure.text((left + w / 2) / width, 1 - top / 2 / total, panel.title, color="white", ha="center", va="center")
+        middle, above = (left + w / 2) / width, (bottom + (tallest * scale + h) / 2 + 0.2) / total
+        figure.text(middle, above, panel.title, color="white", size=13, ha="center", va="center")
         left += w + gap
     counts = ((FOUND, "found", picture.found), (MISSED, "missed", picture.missed), (FALSE, "false", picture.false))
     figure.legend(

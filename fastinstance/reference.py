@@ -853,7 +853,7 @@ def instance_metrics(
 
 def volume_group(pixels: int, voxel_ml: float, edges: Sequence[float]) -> int:
     """The size group of an instance: the number of edges, in mL, that its volume reaches."""
-    return sum(1 for edge in edges if pixels * voxel_ml >= edge * (1 - 1e-12))
+    return sum(1 for edge in edges if pixels * voxel_ml >= edge * (1 - 1e-6))
 
 
 def metrics_by_volume(
