@@ -240,6 +240,9 @@ def check_images(
 def _not_binary(tensor: Tensor) -> bool:
     if tensor.dtype == torch.bool:
         return False
+    if not tensor.is_floating_point():
+        low, high = tensor.aminmax()
+        return bool((low < 0) | (high > 1))
     for piece in tensor.reshape(-1).split(_PIECE):  # the temporaries stay in cache
         low, high = torch.addcmul(piece, piece, piece, value=-1).aminmax()  # x - x² is 0 for 0 and 1 only
         if not (low == 0 and high == 0):

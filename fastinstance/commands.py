@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import __version__
 from .ensemble import band_ensemble, majority_vote
 from .files import (
     FileError,
@@ -80,8 +82,9 @@ def _say(text: str, bar: Any = None) -> None:
 
 
 def _alone() -> None:
-    """A process of several uses one thread."""
+    """One process of several: uses one thread, and leaves Ctrl-C to the first."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Attempt:
@@ -203,7 +206,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     )
     pairs, failed = match([arguments.pred, arguments.target])
     known = {} if arguments.out is None else _known_rows(arguments.out)
-    prints = {name: fingerprint(paths, asdict(options)) for name, paths in pairs.items()}
+    prints = {name: fingerprint(paths, [__version__, asdict(options)]) for name, paths in pairs.items()}
     rows = {name: known[name] for name in pairs if name in known and known[name][0]["inputs"] == prints[name]}
     reused = len(rows)
 
@@ -418,7 +421,7 @@ def ensemble(arguments: argparse.Namespace) -> int:
     for name, output in outputs.items():
         if output.exists() and any(output.samefile(path) for path in groups[name]):
             raise FileError(f"{output}: expected an output that is not one of the inputs")
-    prints = {name: fingerprint(paths, [asdict(options), edges]) for name, paths in groups.items()}
+    prints = {name: fingerprint(paths, [__version__, asdict(options), edges]) for name, paths in groups.items()}
     current = {name for name in groups if made.get(name) == prints[name] and outputs[name].exists()}
     for name, reason in failed.items():
         _say(f"skipped {name}: {reason}")

@@ -141,6 +141,15 @@ def _any_of(row: Tensor, flag: Tensor, count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int64, device=row.device).index_add_(0, row, flag.long()) > 0
 
 
+def _binary(name: str, mask: Tensor, labels: Tensor | None) -> Tensor:
+    """The mask as bool `[planes, *S]`, checked where its values may be read."""
+    mask = mask.detach().flatten(0, 1)
+    if not reads_values(mask):
+        return mask.bool()
+    check_mask_values(name, mask, None if labels is None else labels.flatten(0, 1))
+    return mask.view(torch.bool) if mask.dtype == torch.uint8 else mask.bool()  # 0 and 1 need no copy
+
+
 def match_instances(
     pred: Tensor,
     target: Tensor,
@@ -156,12 +165,10 @@ def match_instances(
     check_matching(matching, threshold, min_size)
     check_mask_pair(pred, target, pred_labels, target_labels)
     connectivity = check_connectivity(connectivity, pred.ndim - 2)
-    for name, mask, labels in (("pred", pred, pred_labels), ("target", target, target_labels)):
-        if reads_values(mask):
-            check_mask_values(name, mask.detach(), labels)
+    pred_mask, target_mask = _binary("pred", pred, pred_labels), _binary("target", target, target_labels)
     part = partition(
-        target.detach().bool().flatten(0, 1),
-        pred.detach().bool().flatten(0, 1),
+        target_mask,
+        pred_mask,
         labels=None if target_labels is None else target_labels.flatten(0, 1),
         pred_labels=None if pred_labels is None else pred_labels.flatten(0, 1),
         connectivity=connectivity,
