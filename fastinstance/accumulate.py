@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .matching import check_matching, match_instances
 from .metrics import (
     METRICS,
     VOLUME_SUMS,
-    check_matching,
     check_zero_division,
-    match_instances,
     plane_metrics,
     volume_sums,
     voxel_volume,

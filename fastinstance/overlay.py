@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .files import need, replacing
 from .functional import label
-from .metrics import match_instances
+from .matching import match_instances
 
 __all__ = ["FALSE", "FOUND", "MISSED", "Painted", "colour", "draw", "paint"]
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastinstance
-from fastinstance import instance_metrics, metrics, reference
+from fastinstance import instance_metrics, matching, metrics, reference
+from fastinstance.matching import MATCHINGS, match_instances
 from fastinstance.testing import Scene, assert_close, pattern, scenes
 
 EXAMPLES = settings().max_examples
@@ -37,7 +38,7 @@ def predicted(scene: Scene) -> Tensor:
 @st.composite
 def options(draw: st.DrawFn, axes: int) -> dict[str, Any]:
     drawn = {
-        "matching": draw(st.sampled_from(metrics.MATCHINGS)),
+        "matching": draw(st.sampled_from(MATCHINGS)),
         "threshold": draw(st.sampled_from((0, 0.1, 0.3, 0.5, 0.6, 2 / 3, 0.9))),
         "min_size": draw(st.sampled_from((0, 0, 2, 4))),
         "connectivity": draw(st.sampled_from((None, 4, 8) if axes == 2 else (None, 6, 18, 26))),
@@ -47,7 +48,7 @@ def options(draw: st.DrawFn, axes: int) -> dict[str, Any]:
     return drawn
 
 
-@settings(max_examples=3 * EXAMPLES)
+@settings(max_examples=2 * EXAMPLES)
 @given(scenes(labels=True, extreme=False), st.data())
 def test_equal_to_the_loop(scene: Scene, data: st.DataObject) -> None:
     settings = data.draw(options(scene.input.ndim - 2))
@@ -63,13 +64,78 @@ def test_equal_to_the_loop(scene: Scene, data: st.DataObject) -> None:
     assert all(found[name].dtype == torch.int64 for name in COUNTS)
 
 
+class FixedTables:
+    """What a GPU does, on the CPU."""
+
+    def __enter__(self) -> None:
+        self.patch = pytest.MonkeyPatch()
+        greatest_first = matching._greatest_first
+        self.patch.setattr(matching, "_exact_tables", matching._fixed_tables)
+        self.patch.setattr(
+            matching, "_greatest_first", lambda *given: greatest_first(*given[:-1], rounds=matching.ROUNDS)
+        )
+
+    def __exit__(self, *_: object) -> None:
+        self.patch.undo()
+
+
+@settings(max_examples=EXAMPLES)
+@given(scenes(labels=True, extreme=False), st.data())
+def test_tables_of_fixed_size_give_the_same(scene: Scene, data: st.DataObject) -> None:
+    settings = data.draw(options(scene.input.ndim - 2))
+    pred, target = predicted(scene), scene.target
+    labels = {} if scene.target_labels is None else {"target_labels": scene.target_labels}
+    expected = instance_metrics(pred, target, **labels, **settings)
+    with FixedTables():
+        found = instance_metrics(pred, target, **labels, **settings)
+        groups = metrics.volume_sums(match_instances(pred, target, **labels), (0.002, 0.004), 1e-3)
+    assert all(torch.equal(found[name].nan_to_num(7), expected[name].nan_to_num(7)) for name in metrics.METRICS)
+    assert torch.equal(groups, metrics.volume_sums(match_instances(pred, target, **labels), (0.002, 0.004), 1e-3))
+
+
+@pytest.mark.parametrize("kind", ["overlap", "iou", "dice"])
+def test_a_gpu_need_not_be_waited_for(kind: str) -> None:
+    """Fake tensors have no values: whatever reads one, or a size that depends on one, raises."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode, FixedTables():
+        pred, target = (mode.from_tensor(torch.zeros(2, 2, 6, 7, dtype=torch.bool)) for _ in range(2))
+        monkeypatch = pytest.MonkeyPatch()
+        monkeypatch.setattr(matching, "reads_values", lambda _: False)
+        try:
+            for labels in ({}, {"target_labels": target.long(), "pred_labels": pred.int()}):
+                matches = match_instances(pred, target, matching=kind, threshold=0.7, min_size=2, **labels)
+                found = metrics.plane_metrics(matches)
+                assert {tuple(value.shape) for value in found.values()} == {(2, 2)}
+                assert metrics.volume_sums(matches, (0.01, 0.02), 1e-3).shape == (2, 2, 3, 5)
+        finally:
+            monkeypatch.undo()
+
+
+def test_too_few_rounds_are_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, apart = chain_of_rising_scores(12), torch.zeros_like(chain_of_rising_scores(12))
+    apart[..., :3] = 1
+    both = torch.cat([chain, apart])
+    ids = {"target_labels": both[:, :1], "pred_labels": both[:, 1:]}
+    arguments = ids["pred_labels"] > 0, ids["target_labels"] > 0
+    exact = instance_metrics(*arguments, **ids)
+    for rounds, enough in ((32, True), (12, True), (3, False)):
+        monkeypatch.setattr(matching, "ROUNDS", rounds)
+        with FixedTables():
+            found = instance_metrics(*arguments, **ids)
+        assert_close({**found, **{name: exact[name] for name in ("pq", "sq", "rq")}}, exact)
+        for name in ("pq", "sq", "rq"):
+            assert_close(found[name][1], exact[name][1])
+            assert found[name][0].isnan() == (not enough)
+
+
 @settings(max_examples=EXAMPLES)
 @given(scenes(extreme=False), st.data())
 def test_size_groups_equal_the_loop(scene: Scene, data: st.DataObject) -> None:
     pred, target = predicted(scene), scene.target.bool()
     edges, voxel_ml = (0.003, 0.005, 0.01), 1e-3
-    settings = {"matching": data.draw(st.sampled_from(metrics.MATCHINGS)), "threshold": 0.1}
-    found = metrics.volume_sums(metrics.match_instances(pred, target, **settings), edges, voxel_ml)
+    settings = {"matching": data.draw(st.sampled_from(MATCHINGS)), "threshold": 0.1}
+    found = metrics.volume_sums(match_instances(pred, target, **settings), edges, voxel_ml)
     t, q = (reference.connected_components(side)[0] for side in (target, pred))
     for b, c in itertools.product(*map(range, pred.shape[:2])):
         loop = reference.metrics_by_volume(t[b, c], q[b, c], edges, voxel_ml=voxel_ml, **settings)
@@ -82,7 +148,7 @@ def test_size_groups_equal_the_loop(scene: Scene, data: st.DataObject) -> None:
 @given(scenes(extreme=False), st.data())
 def test_invariants(scene: Scene, data: st.DataObject) -> None:
     pred, target = predicted(scene), scene.target
-    settings = {"matching": data.draw(st.sampled_from(metrics.MATCHINGS)), "threshold": 0.2}
+    settings = {"matching": data.draw(st.sampled_from(MATCHINGS)), "threshold": 0.2}
     x = instance_metrics(pred, target, zero_division=1.0, **settings)
     for one, other in (("sen", "fnr"), ("ppv", "fdr")):
         assert_close(x[one] + x[other], torch.ones_like(x[one]))
@@ -96,7 +162,7 @@ def test_invariants(scene: Scene, data: st.DataObject) -> None:
 
 
 @settings(max_examples=EXAMPLES)
-@given(scenes(extreme=False), st.sampled_from(metrics.MATCHINGS), st.randoms(use_true_random=False))
+@given(scenes(extreme=False), st.sampled_from(MATCHINGS), st.randoms(use_true_random=False))
 def test_ids_do_not_matter(scene: Scene, matching: str, random: Any) -> None:
     pred, target = predicted(scene), scene.target != 0
     target_labels, pred_labels = (fastinstance.label(side)[0].long() for side in (target, pred))
@@ -114,7 +180,7 @@ def test_ids_do_not_matter(scene: Scene, matching: str, random: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["specks", "spiral", "nested", "full", "comb"])
-@pytest.mark.parametrize("matching", metrics.MATCHINGS)
+@pytest.mark.parametrize("matching", MATCHINGS)
 @pytest.mark.parametrize("shape", [(8, 9), (4, 5, 6)])
 def test_a_perfect_prediction(name: str, matching: str, shape: tuple[int, ...]) -> None:
     target = pattern(name, shape)[None, None]
@@ -166,7 +232,6 @@ def test_by_hand() -> None:
 
 
 def test_the_greatest_score_goes_first() -> None:
-    #                 one target of 7: partners of 3 and 2; the second target touches the larger partner too
     target = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0, 2, 2]])[None, None]
     pred = torch.tensor([[1, 1, 0, 0, 3, 3, 3, 3, 3, 0]])[None, None]
     found = values(
@@ -183,19 +248,27 @@ def test_equal_scores_are_taken_in_the_order_of_the_ids() -> None:
     target = torch.tensor([[5, 5, 0, 9, 9]])[None, None]
     pred = torch.tensor([[0, 4, 4, 4, 0]])[None, None]
     both = {"target_labels": target, "pred_labels": pred}
-    for matching in ("overlap", "iou", "dice"):
-        matches = metrics.match_instances(pred > 0, target > 0, matching=matching, threshold=0.1, **both)
+    for kind in MATCHINGS:
+        matches = match_instances(pred > 0, target > 0, matching=kind, threshold=0.1, **both)
         assert matches.n[matches.one_to_one].tolist() == [0]
 
 
+def chain_of_rising_scores(links: int) -> Tensor:
+    """Ids [1, 2, 1, X] of target and prediction in which one pair a round can be taken: the last that is left.
+
+    Each instance is as long as the last, and overlaps the next one of the other side more.
+    """
+    length = 4 * links
+    ids = torch.zeros(1, 2, 1, 2 * links * length, dtype=torch.long)
+    start = 0
+    for instance in range(2 * links):
+        ids[:, instance % 2, :, start : start + length] = instance // 2 + 1
+        start += length - instance - 1
+    return ids
+
+
 def test_a_chain_of_rising_scores_is_matched_from_its_end() -> None:
-    """One pair a round: the longest way that the matching can go."""
-    target, pred = torch.zeros(1, 1, 1, 400).long(), torch.zeros(1, 1, 1, 400).long()
-    position = 0
-    for link in range(12):  # t_k and p_k share k + 1 pixels, p_k and t_{k+1} one half more
-        target[..., position : position + 2 * link + 3] = link + 1
-        pred[..., position + link + 1 : position + 3 * link + 5] = link + 1
-        position += 2 * link + 3
+    target, pred = chain_of_rising_scores(12).split(1, dim=1)
     settings = {"target_labels": target, "pred_labels": pred, "matching": "dice", "threshold": 0.0}
     assert_close(
         instance_metrics(pred > 0, target > 0, **settings), reference.instance_metrics(pred > 0, target > 0, **settings)
@@ -292,7 +365,7 @@ def _lines_executed(instances: int) -> int:
 
     sys.settrace(trace)
     try:
-        matches = metrics.match_instances(target, target)
+        matches = match_instances(target, target)
         metrics.plane_metrics(matches)
         metrics.volume_sums(matches, (0.01,), 1e-3)
         fastinstance.volume_ensemble(target, target, spacing=None)

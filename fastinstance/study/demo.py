@@ -33,7 +33,8 @@ from tqdm import tqdm
 import fastinstance
 from fastinstance import functional, overlay, reference
 from fastinstance.files import part_of, replacing
-from fastinstance.metrics import match_instances, plane_metrics, volume_sums
+from fastinstance.matching import match_instances
+from fastinstance.metrics import plane_metrics, volume_sums
 from fastinstance.overlay import FALSE, FOUND, MISSED
 from fastinstance.study import brain
 
