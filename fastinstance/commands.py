@@ -37,6 +37,7 @@ from .files import (
     read,
     replacing,
     require_same_grid,
+    require_writable,
     spacing_of,
     write,
 )
@@ -70,7 +71,6 @@ class Options:
 
 
 Result = list[dict[str, Any]]  # the rows of a pair
-Job = Callable[[], Any]
 
 
 def _say(text: str, bar: Any = None) -> None:
@@ -167,7 +167,6 @@ def _read_table(path: Path) -> list[dict[str, str]]:
 
 
 def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -205,7 +204,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
         arguments.instances,
     )
     pairs, failed = match([arguments.pred, arguments.target])
-    known = {} if arguments.out is None else _known_rows(arguments.out)
+    known: dict[str, Result] = {}
+    if arguments.out is not None:
+        require_writable(arguments.out)
+        known = _known_rows(arguments.out)
     prints = {name: fingerprint(paths, [__version__, asdict(options)]) for name, paths in pairs.items()}
     rows = {name: known[name] for name in pairs if name in known and known[name][0]["inputs"] == prints[name]}
     reused = len(rows)
@@ -218,9 +220,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
     for name, reason in failed.items():
         _say(f"skipped {name}: {reason}")
     saved = time.monotonic()
+    changed = not todo
     try:
         with _progress(len(todo), "evaluate", quiet=arguments.quiet) as bar:
             for name, result, error in _done(todo, arguments.jobs):
+                changed = True
                 if error is None:
                     rows[name] = [{**row, "inputs": prints[name]} for row in result]
                 else:
@@ -231,7 +235,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
                     save()
                     saved = time.monotonic()
     finally:
-        save()
+        if changed:  # a table made with other settings outlives a slip that is stopped at once
+            save()
     every = [row for name in sorted(rows) for row in rows[name]]
     summary = {"all" if label is None else str(label): _summary(every, label) for label in options.labels or (None,)}
     if arguments.json:
@@ -355,6 +360,7 @@ def rank(arguments: argparse.Namespace) -> int:
         places = {f"rank_{name}": ranks.get(name, "") for name in RANKED}
         rows.append({"method": method, **values, **places, **{name: result[name] for name in means}})
     if arguments.out is not None:
+        require_writable(arguments.out)
         _write_table(arguments.out, tuple(rows[0]), rows)
     if arguments.json:
         _print_json({method: {"values": methods[method], **result} for method, result in ranked.items()})
@@ -421,6 +427,8 @@ def ensemble(arguments: argparse.Namespace) -> int:
     for name, output in outputs.items():
         if output.exists() and any(output.samefile(path) for path in groups[name]):
             raise FileError(f"{output}: expected an output that is not one of the inputs")
+    if not single and any(out.resolve().is_relative_to(place.resolve()) for place in places):
+        raise FileError(f"{out}: expected an output that is not inside of an input")
     prints = {name: fingerprint(paths, [__version__, asdict(options), edges]) for name, paths in groups.items()}
     current = {name for name in groups if made.get(name) == prints[name] and outputs[name].exists()}
     for name, reason in failed.items():
@@ -470,10 +478,10 @@ def overlay(arguments: argparse.Namespace) -> int:
     image = read(arguments.image, grey=True)
     volumes: list[Volume] = [read(arguments.pred), read(arguments.target)]
     require_same_grid([image, *volumes], spacing_given=arguments.spacing is not None)
+    require_writable(arguments.out)
     pred, target = (integers(volume) != 0 for volume in volumes)
     spacing = spacing_of([image, *volumes], arguments.spacing)
     picture = paint(image.data, pred, target, connectivity=arguments.connectivity, min_size=arguments.min_size)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     draw(arguments.out, picture, spacing=spacing, affine=image.affine)
     counts = {"found": picture.found, "missed": picture.missed, "false": picture.false}
     if arguments.json:

@@ -28,6 +28,7 @@ __all__ = [
     "read",
     "replacing",
     "require_same_grid",
+    "require_writable",
     "spacing_of",
     "write",
 ]
@@ -181,6 +182,23 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def require_writable(path: Path) -> None:
+    """Makes the folder of `path`, and checks before any work that the file can be written there.
+
+    Raises:
+        FileError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        part = part_of(path)
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise FileError(f"cannot write to {path}: {error.strerror or error}") from error
 
 
 def find(where: Path) -> dict[str, Path]:

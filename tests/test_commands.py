@@ -141,6 +141,24 @@ def test_what_is_complete_is_kept_after_ctrl_c(folders: tuple[Path, Path], monke
     monkeypatch.setattr(commands, "evaluate_pair", interrupted)
     assert run("evaluate", *folders, "--out", table) == 130
     assert [row["name"] for row in rows_of(table)] == ["case_0", "case_1"]
+    for path in folders:
+        for number in (0, 1):
+            (path / f"case_{number}.nii.gz").unlink()
+    assert run("evaluate", *folders, "--out", table) == 130
+    assert len(rows_of(table)) == 2, "stopped before anything was done"
+
+
+def test_where_nothing_can_be_written_nothing_is_done(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folders[0].parent / "taken").write_text("")
+    for out, words in ((folders[0], "it is a folder"), (folders[0].parent / "taken" / "table.csv", "exists")):
+        assert run("evaluate", *folders, "--out", out) == 1
+        line = only_line(capsys.readouterr().err)
+        assert f"cannot write to {out}" in line
+        assert words in line
+    assert run("ensemble", *folders, folders[1] / "out") == 1
+    assert "not inside of an input" in only_line(capsys.readouterr().err)
 
 
 def test_bad_pairs_are_reported_and_skipped(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
