@@ -75,7 +75,17 @@ def test_the_kernels_know_nothing_of_the_library():
 def test_importing_is_light():
     code = "import sys, fastinstance; print(*[m for m in sys.modules if '.' not in m])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    optional = {"monai", "kornia", "scipy", "matplotlib", "hypothesis", "nilearn", "lightning", "nnunetv2", "torchmetrics"}
+    optional = {
+        "monai",
+        "kornia",
+        "scipy",
+        "matplotlib",
+        "hypothesis",
+        "nilearn",
+        "lightning",
+        "nnunetv2",
+        "torchmetrics",
+    }
     assert optional.isdisjoint(loaded.split())
 
 
