@@ -132,7 +132,7 @@ def _check_tensor(name: str, value: object, like: Tensor, of: str = "input") -> 
 
 
 def _check_labels(name: str, labels: Tensor, like: str, image: Tensor) -> None:
-    _check_tensor(name, labels, image)
+    _check_tensor(name, labels, image, of=like)
     if labels.shape != image.shape:
         raise ValueError(f"expected {name} [B,C,*S] = {_shape(image)} like {like}, got {_shape(labels)}")
     if labels.is_floating_point() or labels.dtype == torch.bool:

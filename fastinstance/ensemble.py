@@ -103,7 +103,7 @@ def majority_vote(masks: Sequence[Tensor] | Tensor) -> Tensor:
 
 
 def _inside(mask: Tensor) -> Tensor:
-    inside = mask.detach().bool()
+    inside = mask.detach().as_subclass(Tensor).bool()
     return inside & ~mask.isnan() if mask.is_floating_point() else inside
 
 

@@ -180,12 +180,13 @@ def match_instances(
     """The tables behind `instance_metrics`, with its arguments and errors."""
     check_matching(matching, threshold, min_size)
     check_mask_pair(pred, target, pred_labels, target_labels)
+    pred, target = pred.as_subclass(Tensor), target.as_subclass(Tensor)  # MONAI's MetaTensor would follow every step
     connectivity = check_connectivity(connectivity, pred.ndim - 2)
     masks = _Masks(
         _binary("pred", pred, pred_labels),
         _binary("target", target, target_labels),
-        None if pred_labels is None else pred_labels.flatten(0, 1),
-        None if target_labels is None else target_labels.flatten(0, 1),
+        None if pred_labels is None else pred_labels.as_subclass(Tensor).flatten(0, 1),
+        None if target_labels is None else target_labels.as_subclass(Tensor).flatten(0, 1),
     )
     make_tables = _fixed_tables if pred.is_cuda else _exact_tables
     tables = make_tables(masks, connectivity, min_size)

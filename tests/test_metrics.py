@@ -302,6 +302,21 @@ def test_every_dtype_and_layout() -> None:
     assert_close(instance_metrics(pred.transpose(2, 3), target.transpose(2, 3)), expected)
 
 
+def test_a_metatensor_gives_plain_tensors() -> None:
+    from monai.data.meta_tensor import MetaTensor
+
+    target, pred = mask("##.#"), mask(".#..")
+    found = instance_metrics(
+        MetaTensor(pred),
+        MetaTensor(target),
+        pred_labels=MetaTensor(pred.long()),
+        target_labels=MetaTensor(target.long()),
+    )
+    assert {type(value) for value in found.values()} == {Tensor}
+    assert_close(found, instance_metrics(pred, target, pred_labels=pred.long(), target_labels=target.long()))
+    assert type(fastinstance.volume_ensemble(MetaTensor(pred), MetaTensor(target), spacing=1)) is Tensor
+
+
 NOT_BINARY = torch.full((1, 1, 3, 3), 0.3)
 M = mask("##.", "...", "..#")
 WRONG: dict[str, tuple[tuple[Any, Any], dict[str, Any], type[Exception], list[str]]] = {
