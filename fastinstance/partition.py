@@ -66,6 +66,12 @@ class Partition:
     raw_target: Side  # the ground truth before `min_size`
     pairs: tuple[Tensor, Tensor]  # [A] int64 each: rows of target and of pred that share a pixel
     linked: tuple[Tensor, Tensor] = field(repr=False)  # pairs, then the links of artificial instances
+    pair_of: Tensor = field(repr=False)  # int64 position in `pairs` of each pixel that a pair shares
+
+    @cached_property
+    def shared(self) -> Tensor:
+        """[A] int64 pixels that each pair shares."""
+        return torch.bincount(self.pair_of, minlength=len(self.pairs[0]))
 
     @cached_property
     def coordinates(self) -> tuple[Tensor, ...]:
@@ -144,6 +150,7 @@ def partition(
     predicted: Tensor | None,
     *,
     labels: Tensor | None = None,
+    pred_labels: Tensor | None = None,
     connectivity: int,
     min_size: int = 0,
 ) -> Partition:
@@ -153,6 +160,7 @@ def partition(
         target: bool `[planes, *S]`.
         predicted: bool `[planes, *S]`, or None where only the ground truth is of interest.
         labels: integer `[planes, *S]`, given ground-truth ids (0 = background) in place of the components of `target`.
+        pred_labels: the same of `predicted`.
         connectivity: of the components.
         min_size: components with fewer pixels become background.
     """
@@ -164,6 +172,8 @@ def partition(
         truth = _given(labels, pixels, pixels // math.prod(size))
     if predicted is None:
         found = torch.zeros_like(truth[0]), torch.zeros_like(truth[1])
+    elif pred_labels is not None:
+        found = _given(pred_labels, pixels, pixels // math.prod(size))
     else:
         found = components_at(predicted, pixels, connectivity)
     raw = side = _side(*truth)
@@ -173,6 +183,6 @@ def partition(
 
     stride = max(pred.real, 1)
     shared = ((side.label > 0) & (pred.label > 0)).nonzero().squeeze(1)
-    keys, _ = _unique((side.label[shared] - 1) * stride + pred.label[shared] - 1)
+    keys, pair_of = _unique((side.label[shared] - 1) * stride + pred.label[shared] - 1)
     pairs = keys // stride, keys % stride
-    return Partition(tuple(size), pixels, side, pred, raw, pairs, _links(side, pred, pairs))
+    return Partition(tuple(size), pixels, side, pred, raw, pairs, _links(side, pred, pairs), pair_of)
