@@ -1,4 +1,4 @@
-"""Command line: `python -m bench cpu|gpu|label|losses|aot [--repeats N] [--out FILE.json]`, or `docs`."""
+"""Command line: `python -m bench cpu|gpu|label|losses|metrics|aot [--repeats N] [--out FILE.json]`, or `docs`."""
 
 from __future__ import annotations
 
@@ -23,16 +23,20 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "name", choices=["cpu", "gpu", "label", "losses", "aot"], help="what to measure; gpu, aot: see -h after it"
+        "name",
+        choices=["cpu", "gpu", "label", "losses", "metrics", "aot"],
+        help="what to measure; gpu, aot: see -h after it",
     )
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds (default 15)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
-    parser.add_argument("--small", action="store_true", help="label: tiny inputs, to see that all of it runs")
+    parser.add_argument("--small", action="store_true", help="label, metrics: tiny inputs, to see that all of it runs")
+    parser.add_argument("--panoptica", metavar="PYTHON", help="metrics: the interpreter of an environment that has it")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     bench = importlib.import_module(f".{options.name}", __package__)
-    result = bench.run(repeats=options.repeats, **({"small": True} if options.small else {}))
+    more = {key: value for key in ("small", "panoptica") if (value := getattr(options, key))}
+    result = bench.run(repeats=options.repeats, **more)
     result["machine"] = machine()
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()), end="\n\n")
     print(bench.table(result))

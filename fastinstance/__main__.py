@@ -1,4 +1,4 @@
-"""The command line: `python -m fastinstance demo`."""
+"""The command line: `fastinstance demo | evaluate | rank | ensemble | overlay`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
+
+from fastinstance.arguments import add_commands, whole
 
 DEMO_LOSSES = ("false", "ici", "proximity", "blob", "instance")
 DEMO_PACKAGES = ("monai", "nilearn", "nibabel", "scipy", "matplotlib", "tqdm")  # the extra `demo`
@@ -23,25 +25,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (try {self.prog} --help)\n")
 
 
-def _whole(least: int):
-    """An argparse type: a whole number that is at least `least`."""
-
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value < 2**31:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
-        return value
-
-    return convert
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; each sets `run`, which takes the parsed arguments and gives the exit code."""
     parser = _Parser(
-        prog="python -m fastinstance", description="Instance-level segmentation losses.", allow_abbrev=False
+        prog="python -m fastinstance", description="Instance-level segmentation losses and metrics.", allow_abbrev=False
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo = commands.add_parser(
@@ -62,19 +49,20 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for overlay.png and results.csv (default: %(default)s)",
     )
-    demo.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of data and training (default: 0)")
+    demo.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of data and training (default: 0)")
     demo.add_argument(
-        "--subjects", type=_whole(1), nargs=2, metavar=("TRAIN", "TEST"), help="number of subjects (default: 12 6)"
+        "--subjects", type=whole(1), nargs=2, metavar=("TRAIN", "TEST"), help="number of subjects (default: 12 6)"
     )
-    demo.add_argument("--steps", type=_whole(1), metavar="N", help="training steps of each loss (default: 600)")
+    demo.add_argument("--steps", type=whole(1), metavar="N", help="training steps of each loss (default: 600)")
     demo.add_argument(
         "--threads",
-        type=_whole(1),
+        type=whole(1),
         default=2,
         metavar="N",
         help="CPU threads; the last digits of the results depend on it (default: %(default)s)",
     )
     demo.set_defaults(run=_demo)
+    add_commands(commands)
     return parser
 
 
@@ -108,7 +96,10 @@ def _fail(message: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 1 for a failure, 2 for bad arguments, 130 after Ctrl-C."""
+    """Runs a command and returns its exit code.
+
+    0; 1 for a failure, 2 for bad arguments, 3 where pairs of files were skipped, 130 after Ctrl-C.
+    """
     try:
         arguments = build_parser().parse_args(argv)
         code = arguments.run(arguments)

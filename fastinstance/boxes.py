@@ -16,14 +16,14 @@ The lower bound of two nodes needs, per axis, the least distance g of their cent
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["distance_iou", "nearest_boxes"]
+__all__ = ["distance_iou", "nearest_boxes", "nearest_of_all"]
 
 _LEAF = 4  # boxes of a leaf
 _BLOCK = 1 << 15  # pairs compared at once: the temporaries stay in cache
@@ -79,10 +79,32 @@ def nearest_boxes(
     a, b = torch.stack([a_lower.T, a_upper.T]), torch.stack([b_lower.T, b_upper.T])
     if not (len(a_plane) and len(b_plane)):
         return a.new_empty(len(a_plane)), a.new_empty(len(b_plane))
-    most_a, most_b = (int(torch.bincount(plane, minlength=planes).max()) for plane in (a_plane, b_plane))
+    most_a, most_b = _most(a_plane, planes), _most(b_plane, planes)
     if planes * most_a * most_b <= _DENSE * (len(a_plane) + len(b_plane)):
-        return _all_pairs(a, a_plane, most_a, b, b_plane, most_b, planes)
+        return _all_pairs(a, a_plane, most_a, b, b_plane, most_b, planes, distance_iou)
     return _descend(a, a_plane, b, b_plane, planes)
+
+
+@torch.no_grad()
+def nearest_of_all(
+    a: Tensor, a_plane: Tensor, b: Tensor, b_plane: Tensor, planes: int, distance: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """As `nearest_boxes` for any symmetric distance of boxes that broadcast, by comparing every pair of a plane.
+
+    Args:
+        a: `[numbers, axes, N]` what describes the boxes of one side.
+        a_plane: `[N]` int64. A plane with a box on one side has one on the other.
+        b: `[numbers, axes, M]`
+        b_plane: `[M]`
+        planes: number of planes.
+        distance: of boxes `[numbers, axes, ...]`.
+    """
+    return _all_pairs(a, a_plane, _most(a_plane, planes), b, b_plane, _most(b_plane, planes), planes, distance)
+
+
+def _most(plane: Tensor, planes: int) -> int:
+    """The most boxes that a plane has."""
+    return int(torch.bincount(plane, minlength=planes).max())
 
 
 def _by_plane(boxes: Tensor, plane: Tensor, most: int, planes: int) -> tuple[Tensor, Tensor]:
@@ -98,20 +120,27 @@ def _by_plane(boxes: Tensor, plane: Tensor, most: int, planes: int) -> tuple[Ten
 
 
 def _all_pairs(
-    a: Tensor, a_plane: Tensor, n: int, b: Tensor, b_plane: Tensor, m: int, planes: int
+    a: Tensor,
+    a_plane: Tensor,
+    n: int,
+    b: Tensor,
+    b_plane: Tensor,
+    m: int,
+    planes: int,
+    distance: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The minima by comparing every pair of a plane; n and m are the most boxes that a plane has on a side."""
     if n > m:  # the longer side runs along the last axis
-        minima_b, minima_a = _all_pairs(b, b_plane, m, a, a_plane, n, planes)
+        minima_b, minima_a = _all_pairs(b, b_plane, m, a, a_plane, n, planes, distance)
         return minima_a, minima_b
     a, place_a = _by_plane(a, a_plane, n, planes)
     b, place_b = _by_plane(b, b_plane, m, planes)
     best_a, best_b = a.new_full((planes, n), math.inf), a.new_full((planes, m), math.inf)
     for plane in _blocks(planes, _BLOCK // (n * m)):
         for row in _blocks(n, _BLOCK // m, 8):
-            distance = distance_iou(a[:, :, plane, row, None], b[:, :, plane, None])  # [planes, rows, m]
-            best_a[plane, row] = distance.amin(2)
-            best_b[plane] = torch.minimum(best_b[plane], distance.amin(1))
+            between = distance(a[:, :, plane, row, None], b[:, :, plane, None])  # [planes, rows, m]
+            best_a[plane, row] = between.amin(2)
+            best_b[plane] = torch.minimum(best_b[plane], between.amin(1))
     return best_a.view(-1)[place_a], best_b.view(-1)[place_b]
 
 

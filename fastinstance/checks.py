@@ -20,6 +20,8 @@ __all__ = [
     "check_connectivity",
     "check_images",
     "check_mask",
+    "check_mask_pair",
+    "check_mask_values",
     "check_max_instances",
     "check_per_axis",
     "check_probabilities",
@@ -120,13 +122,71 @@ def check_mask(mask: Tensor) -> None:
         raise ValueError(f"expected mask [B,C,H,W] or [B,C,D,H,W], got {_shape(mask)}; add the missing axes")
 
 
-def _check_tensor(name: str, value: object, like: Tensor) -> None:
+def _check_tensor(name: str, value: object, like: Tensor, of: str = "input") -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"expected {name} to be a tensor, got {type(value).__name__}")
     if value.device != like.device:
-        raise ValueError(f"expected {name} on the device of input, {like.device}, got {value.device}; move one of them")
+        raise ValueError(f"expected {name} on the device of {of}, {like.device}, got {value.device}; move one of them")
     if value.is_complex():
         raise TypeError(f"expected {name} of a real dtype, got {value.dtype}")
+
+
+def _check_labels(name: str, labels: Tensor, like: str, image: Tensor) -> None:
+    _check_tensor(name, labels, image, of=like)
+    if labels.shape != image.shape:
+        raise ValueError(f"expected {name} [B,C,*S] = {_shape(image)} like {like}, got {_shape(labels)}")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"expected {name} of an integer dtype, got {labels.dtype}; instance ids are integers")
+
+
+def check_mask_pair(pred: Tensor, target: Tensor, pred_labels: Tensor | None, target_labels: Tensor | None) -> None:
+    """Shapes, dtypes and devices of what the metrics compare; reads no value."""
+    for name, mask in (("pred", pred), ("target", target)):
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"expected {name} to be a tensor, got {type(mask).__name__}")
+        if mask.is_complex():
+            raise TypeError(f"expected {name} of a real dtype, got {mask.dtype}")
+        if mask.ndim not in (4, 5) or mask.numel() == 0:
+            raise ValueError(
+                f"expected {name} [B,C,H,W] or [B,C,D,H,W] with at least one pixel, got {_shape(mask)}; "
+                "add the missing axes"
+            )
+    if pred.shape != target.shape:
+        raise ValueError(f"expected pred and target of one shape, got {_shape(pred)} and {_shape(target)}")
+    _check_tensor("target", target, pred, of="pred")
+    for name, labels, like, image in (
+        ("pred_labels", pred_labels, "pred", pred),
+        ("target_labels", target_labels, "target", target),
+    ):
+        if labels is not None:
+            _check_labels(name, labels, like, image)
+
+
+def check_mask_values(name: str, mask: Tensor, labels: Tensor | None) -> None:
+    """A mask is binary, and its ids are in range and where it is."""
+    if _not_binary(mask):
+        raise ValueError(
+            f"expected {name} to hold only 0 and 1, got other values; use {name} >= 0.5 for probabilities, "
+            f"{name} > 0 for a mask, {name}_labels= for instance ids"
+        )
+    if labels is None:
+        return
+    _check_id_range(f"{name}_labels", labels)
+    differs = int((labels.bool() ^ mask.bool()).sum())
+    if differs:
+        raise ValueError(
+            f"expected {name}_labels > 0 exactly where {name} is 1, got {differs} pixels that differ; "
+            f"pass {name} = {name}_labels > 0"
+        )
+
+
+def _check_id_range(name: str, labels: Tensor) -> None:
+    low, high = (bound.item() for bound in labels.aminmax())
+    if low < 0 or high > MAX_ID:
+        raise ValueError(
+            f"expected {name} between 0 and {MAX_ID}, got values from {low} to {high}; "
+            "0 is background, ids need not be consecutive"
+        )
 
 
 def check_images(
@@ -167,15 +227,7 @@ def check_images(
             "a one-hot target needs to_onehot_y=False"
         )
     if target_labels is not None:
-        _check_tensor("target_labels", target_labels, input)
-        if target_labels.shape != input.shape:
-            raise ValueError(
-                f"expected target_labels [B,C,*S] = {_shape(input)} like input, got {_shape(target_labels)}"
-            )
-        if target_labels.is_floating_point() or target_labels.dtype == torch.bool:
-            raise TypeError(
-                f"expected target_labels of an integer dtype, got {target_labels.dtype}; instance ids are integers"
-            )
+        _check_labels("target_labels", target_labels, "input", input)
     if valid_mask is not None:
         _check_tensor("valid_mask", valid_mask, input)
         if valid_mask.shape != (batch, 1, *size):
@@ -188,6 +240,9 @@ def check_images(
 def _not_binary(tensor: Tensor) -> bool:
     if tensor.dtype == torch.bool:
         return False
+    if not tensor.is_floating_point():
+        low, high = tensor.aminmax()
+        return bool((low < 0) | (high > 1))
     for piece in tensor.reshape(-1).split(_PIECE):  # the temporaries stay in cache
         low, high = torch.addcmul(piece, piece, piece, value=-1).aminmax()  # x - x² is 0 for 0 and 1 only
         if not (low == 0 and high == 0):
@@ -215,12 +270,7 @@ def check_values(
         )
     if target_labels is None:
         return
-    low, high = (bound.item() for bound in target_labels.aminmax())
-    if low < 0 or high > MAX_ID:
-        raise ValueError(
-            f"expected target_labels between 0 and {MAX_ID}, got values from {low} to {high}; "
-            "0 is background, ids need not be consecutive"
-        )
+    _check_id_range("target_labels", target_labels)
     truth = target.bool()
     if to_onehot_y:
         truth = target == torch.arange(channels, device=target.device).view(1, -1, *[1] * (target.ndim - 2))

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Unpack, cast
 
 import torch
 from torch import Tensor
 
 from . import terms as tm
 from .components import foreground
-from .functional import Settings, _rows, _Scene
+from .functional import Scene, Settings, table_rows
 from .losses import ImageOptions, _Loss
 from .ops import DenseSums, InstanceSums, Segments, instance_sums
 from .partition import Side
-from .pixel import Pointwise, Sums, check_not_negative
+from .pixel import Pointwise, SeparableLoss, Sums, check_not_negative
 from .planes import Planes
 from .regions import nearest_component
 
@@ -56,6 +56,11 @@ class CCLoss(_Loss):
     def __init__(self, *, pixel_loss: object = "dicece", **options: Unpack[CCOptions]) -> None:
         super().__init__()
         self.settings = Settings(pixel_loss=pixel_loss, **options)
+        if not isinstance(self.settings.pixel, SeparableLoss):
+            raise TypeError(
+                f"expected pixel_loss of CCLoss to be a name or a pixel loss of fastinstance, got {pixel_loss!r}: "
+                "any other callable sees whole images, not regions"
+            )
 
     def forward(
         self,
@@ -76,8 +81,8 @@ class CCLoss(_Loss):
                 labels nor distances are computed.
             valid_mask: see above.
         """
-        scene = _Scene(self.settings, input, target, target_labels, valid_mask)
-        planes, loss = scene.planes, self.settings.pixel
+        scene = Scene(self.settings, input, target, target_labels, valid_mask)
+        planes, loss = scene.planes, cast("SeparableLoss", self.settings.pixel)
         if target_regions is None:
             part = scene.partition(predicted=False)
             image = torch.zeros(planes.target.shape, dtype=torch.int32, device=input.device)
@@ -168,12 +173,12 @@ class _ComponentLoss(_Loss):
         valid_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss: a scalar, or `[B, C]` for `reduction="none"`. Arguments as `functional.instance_terms`."""
-        return self._evaluate(_Scene(self.settings, input, target, target_labels, valid_mask))
+        return self._evaluate(Scene(self.settings, input, target, target_labels, valid_mask))
 
-    def _evaluate(self, scene: _Scene) -> Tensor:
+    def _evaluate(self, scene: Scene) -> Tensor:
         raise NotImplementedError
 
-    def _average(self, scene: _Scene, values: Tensor, side: Side) -> Tensor:
+    def _average(self, scene: Scene, values: Tensor, side: Side) -> Tensor:
         """Values per real instance of a side -> their mean, 0 without any."""
         settings, plane = self.settings, side.plane[: side.real]
         how = {"average": settings.average, "reduction": settings.reduction}
@@ -225,7 +230,7 @@ class ComponentTverskyLoss(_ComponentLoss):
         check_not_negative(**self.parameters_of_tversky)
         self.settings = Settings(**options)
 
-    def _evaluate(self, scene: _Scene) -> Tensor:
+    def _evaluate(self, scene: Scene) -> Tensor:
         alpha, beta, gamma, size_offset, background_weight, smooth = self.parameters_of_tversky.values()
         part, planes = scene.partition(predicted=False), scene.planes
         truth = part.target
@@ -263,7 +268,7 @@ class ComponentMILLoss(_ComponentLoss):
         super().__init__()
         self.settings = Settings(**options)
 
-    def _evaluate(self, scene: _Scene) -> Tensor:
+    def _evaluate(self, scene: Scene) -> Tensor:
         part, planes = scene.partition(predicted=False), scene.planes
         truth = part.target
         every = torch.ones(truth.real, dtype=torch.bool, device=planes.values.device)
@@ -300,10 +305,10 @@ class LesionRecallLoss(_ComponentLoss):
         self.recall, self.false_positive = float(recall), float(false_positive)
         self.settings = Settings(threshold=threshold, **options)
 
-    def _evaluate(self, scene: _Scene) -> Tensor:
+    def _evaluate(self, scene: Scene) -> Tensor:
         part, planes = scene.partition(predicted=True), scene.planes
         truth, pred = part.target, part.pred
-        request = InstanceSums(part.pixels, truth.label.nonzero().squeeze(1), False, None, _rows(part))
+        request = InstanceSums(part.pixels, truth.label.nonzero().squeeze(1), False, None, table_rows(part))
         _, (inside, found) = instance_sums(planes.values, planes.logits, (), request)
         lacking = 1 - inside[2:, 0].view(-1, 2).sum(1) / truth.count
         false = found[2::2, 0] / pred.count

@@ -6,12 +6,16 @@ The arguments that all functions share are described in `instance_terms`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import masked
 from . import terms as tm
 from .backend import backend_for
 from .checks import (
@@ -29,10 +33,12 @@ from .checks import (
     reads_values,
 )
 from .components import foreground, label_planes
+from .criteria import Criterion, advise, resolve
 from .fused import fused_terms
 from .ops import DenseSums, InstanceSums, instance_sums
+from .parallel import ProcessGroup, check_process_group, global_factors, report_failure, resolve_group
 from .partition import Partition, partition
-from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums, check_not_negative, resolve
+from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums, check_not_negative
 from .planes import Planes, activate, to_planes
 from .terms import BlobTerms, InstanceTerms
 
@@ -65,6 +71,9 @@ class Settings:
     weight_by: str | Callable[[Tensor], Tensor] = "count"
     reduction: str = "mean"
     max_instances: int | None = None
+    process_group: ProcessGroup = None
+    words: str = field(default="", init=False, repr=False, compare=False)
+    """With a process group: the settings as every rank would write them, without addresses."""
 
     def __post_init__(self) -> None:
         check_activation(sigmoid=self.sigmoid, softmax=self.softmax, other_act=self.other_act)
@@ -79,33 +88,53 @@ class Settings:
         check_threshold(self.threshold)
         check_size("min_size", self.min_size)
         check_max_instances(self.max_instances)
+        check_process_group(self.process_group)
         for name in ("pixel_loss", "instance_loss", "center_loss"):
             self._check_nested(name)
+        if self.process_group is not None:
+            losses = {"pixel_loss": self.pixel, "instance_loss": self.instance, "center_loss": self.center}
+            shown = {**self.changed, **losses}
+            del shown["process_group"]
+            object.__setattr__(self, "words", re.sub(r" at 0x[0-9a-fA-F]+", "", f"settings {shown}"))
+
+    @property
+    def changed(self) -> dict[str, object]:
+        """The settings that differ from the defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and getattr(self, f.name) != f.default}
 
     def _check_nested(self, name: str) -> None:
         """A module given as a pixel loss must not bring an activation of its own that differs from ours."""
         loss = getattr(self, name)
-        resolve(loss, name)
+        resolved = resolve(loss, name)
         inner = getattr(loss, "settings", None)
         if isinstance(inner, Settings):
+            if isinstance(resolved, Criterion):
+                raise TypeError(f"expected {name} to be a loss of pixels, got {loss!r}, which is one of instances")
             for option in ("sigmoid", "softmax", "other_act"):
                 if getattr(inner, option) and getattr(inner, option) != getattr(self, option):
                     raise ValueError(
                         f"expected {name} without an activation of its own, got {option}={getattr(inner, option)}; "
                         f"set {option} on the outer loss only"
                     )
+        if isinstance(resolved, Criterion):
+            advise(resolved)
 
     @property
-    def pixel(self) -> SeparableLoss:
+    def pixel(self) -> SeparableLoss | Criterion:
         return resolve(self.pixel_loss, "pixel_loss")
 
     @property
-    def instance(self) -> SeparableLoss:
+    def instance(self) -> SeparableLoss | Criterion:
         return resolve(self.instance_loss, "instance_loss")
 
     @property
-    def center(self) -> SeparableLoss:
+    def center(self) -> SeparableLoss | Criterion:
         return resolve(self.center_loss, "center_loss")
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A subclass, such as MONAI's MetaTensor, as the tensor that it is; the gradient flows back to it."""
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
 
 
 class _Call:
@@ -120,7 +149,6 @@ class _Call:
         valid_mask: Tensor | None,
     ) -> None:
         self.settings = settings
-        self.images = input, target, target_labels, valid_mask
         check_images(
             input,
             target,
@@ -130,13 +158,15 @@ class _Call:
             to_onehot_y=settings.to_onehot_y,
             softmax=settings.softmax,
         )
+        labels, valid = (None if image is None else _plain(image) for image in (target_labels, valid_mask))
+        self.images = _plain(input), _plain(target), labels, valid
         axes = input.ndim - 2
         self.connectivity = check_connectivity(settings.connectivity, axes)
         self.center_size = check_per_axis("center_size", settings.center_size, axes, integer=True)
         spacing = 1.0 if settings.spacing is None else settings.spacing
         self.spacing = check_per_axis("spacing", spacing, axes, integer=False)
         if reads_values(target):
-            check_values(target, target_labels, valid_mask, channels=input.shape[1], to_onehot_y=settings.to_onehot_y)
+            check_values(*self.images[1:], channels=input.shape[1], to_onehot_y=settings.to_onehot_y)
 
     def in_planes(self) -> Planes:
         settings = self.settings
@@ -155,13 +185,20 @@ class _Call:
         )
 
 
-class _Scene(_Call):
+class Scene(_Call):
     """A call with its planes, partition and sums, shared by all terms."""
 
     def __init__(self, settings: Settings, *images: Tensor | None) -> None:
         super().__init__(settings, *images)  # pyright: ignore[reportArgumentType]
         self.planes = self.in_planes()
         self.poison = _poison(self.planes)
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """[planes, P], NaN in value and derivative where the input of the plane is not finite."""
+        values = self.planes.values
+        p = values.sigmoid() if self.planes.logits else values
+        return p if self.poison is None else p * self.poison[:, None].to(p.dtype)
 
     def partition(self, predicted: bool) -> Partition:
         return partition(
@@ -192,9 +229,18 @@ class _Scene(_Call):
         value = value.to(planes.values.dtype)
         return value.view(planes.batch, planes.channels) if self.settings.reduction == "none" else value
 
+    def criterion_seg(self, criterion: Criterion) -> Tensor:
+        """The pixel term of any callable: one call on all images, or one for each plane where planes are kept apart."""
+        planes, p = self.planes, self.probabilities
+        if self.settings.reduction == "mean":
+            shape = (planes.batch, planes.channels, *planes.size)
+            return self.finish(masked.image_value(p.view(shape), planes.target.view(shape), criterion))
+        return self.reduce(masked.plane_values(p, planes.target.flatten(1), criterion, planes.size))
+
     def seg(self, whole: Tensor, positives: Tensor, part: Partition | None, raw_instances: Tensor | None) -> Tensor:
         """The pixel term from the sums of each plane and, for the inverse-weighted Dice, of each instance."""
         planes, loss = self.planes, self.settings.pixel
+        assert isinstance(loss, SeparableLoss)
         if self.poison is not None:  # before the channels of an image are joined
             whole = whole * self.poison[:, None]
         plane = positives // planes.values.shape[1]
@@ -226,21 +272,32 @@ def _poison(planes: Planes) -> Tensor | None:
     return 1 + (values * factor).nan_to_num(nan=math.nan, posinf=0, neginf=0).sum(1).double()
 
 
-def _rows(part: Partition) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
+def table_rows(part: Partition) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
     """Table rows of the listed pixels: 2·id + (the other side is there), for either side."""
     t, q = part.target.label, part.pred.label
     return (2 * t + (q > 0), 2 * (part.target.real + 1)), (2 * q + (t > 0), 2 * (part.pred.real + 1))
 
 
-def _by_instance(table: Tensor) -> Tensor:
+def instance_table(table: Tensor) -> Tensor:
     """[2·(K + 1), …] -> [K, 2, …], without the background."""
     return table.view(-1, 2, *table.shape[1:])[1:]
 
 
-def _as_numbers(loss: SeparableLoss, wanted: bool) -> tuple[tuple[float, ...], bool, float] | None:
+def _as_numbers(loss: SeparableLoss | Criterion, wanted: bool) -> tuple[tuple[float, ...], bool, float] | None:
     """A loss in the words of the kernels."""
+    if not wanted or isinstance(loss, Criterion):
+        return None
     form = loss.form
-    return (form.numbers, form.squared, -1.0 if form.gamma is None else form.gamma) if wanted else None
+    return form.numbers, form.squared, -1.0 if form.gamma is None else form.gamma
+
+
+def _on_kernels(settings: Settings, wanted: Collection[str], input: Tensor) -> bool:
+    """Whether the kernels compute these terms; a callable (a loss, or `weight_by`) needs torch."""
+    if not isinstance(input, Tensor) or callable(settings.weight_by) or backend_for(input) != "triton":
+        return False
+    needs = {"seg": settings.pixel, "center": settings.center}
+    needs |= dict.fromkeys(("instance_gt", "instance_pred", "proximity", "blob"), settings.instance)
+    return not any(isinstance(needs.get(name), Criterion) for name in wanted)
 
 
 def _drop_small_ids(ids: Tensor, min_size: int) -> Tensor:
@@ -251,7 +308,15 @@ def _drop_small_ids(ids: Tensor, min_size: int) -> Tensor:
     return ids * (count >= min_size).view(ids.shape)
 
 
-def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor], Tensor]:
+class _Local(NamedTuple):
+    """The terms of the batch of this rank, and the number of entries that each is the mean of."""
+
+    found: dict[str, Tensor]
+    planes: int
+    entries: Tensor  # [2] float64: of `instance_gt` (or planes of `blob`), of `instance_pred`
+
+
+def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[_Local, Tensor]:
     """The terms named in `weights` (blob loss: "seg" and "blob") and their weighted sum, from the kernels."""
     from fastinstance_kernels.engine import Request
 
@@ -279,7 +344,7 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor]
 
     def run(
         weights: Mapping[str, float], truth: Tensor, predicted: Tensor | None, valid: Tensor | None
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    ) -> tuple[_Local, Tensor]:
         order = ("seg", "blob") if "blob" in weights else InstanceTerms._fields
         own = any(name in weights for name in ("instance_gt", "instance_pred", "proximity", "blob"))
         false_rates = "false_gt" in weights or "false_pred" in weights
@@ -312,7 +377,7 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor]
         ).encode()
         factors = [float(weights.get(name, 0.0)) for name in order] + [0.0] * (7 - len(order))
         images = [None if image is None else image.reshape(shape).contiguous() for image in (truth, predicted, valid)]
-        found, total = fused_terms(
+        found, total, entries = fused_terms(
             values.reshape(shape).contiguous(),
             *images,  # pyright: ignore[reportArgumentType]
             weights=factors,
@@ -322,7 +387,8 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor]
         )
         view = (batch, channels) if settings.reduction == "none" else ()
         terms = zip(order, found.unbind(0), strict=False)
-        return {name: value.view(view) for name, value in terms if name in weights}, total.view(view)
+        by_name = {name: value.view(view) for name, value in terms if name in weights}
+        return _Local(by_name, shape[0], entries), total.view(view)
 
     if settings.min_size <= 1:
         return run(weights, truth, predicted, valid)
@@ -334,16 +400,38 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[dict[str, Tensor]
 
     kept = _drop_small_ids(truth, settings.min_size) if given else keep(truth)
     rest = {name: weight for name, weight in weights.items() if name != "seg"}
-    found, total = run(rest, kept, keep(predicted), valid)
+    local, total = run(rest, kept, keep(predicted), valid)
     if "seg" in weights:
         seg, share = run({"seg": weights["seg"]}, truth, predicted, valid)
-        found, total = seg | found, total + share
-    return found, total
+        local, total = local._replace(found=seg.found | local.found), total + share
+    return local, total
 
 
-def _on_kernels(settings: Settings, input: Tensor) -> bool:
-    """Whether the kernels do the work: not with weights of the user's own, which they cannot call."""
-    return isinstance(input, Tensor) and not callable(settings.weight_by) and backend_for(input) == "triton"
+_COUNTED = {"instance_gt": 1, "blob": 1, "instance_pred": 2}
+"""Terms that `average="instance"` does not average over planes, and which of [planes, entries] it does."""
+
+
+def _over_ranks(
+    settings: Settings, wanted: Collection[str], input: Tensor, local: Callable[[], _Local]
+) -> dict[str, Tensor]:
+    """The terms of `local`, scaled so that their mean over the ranks is that of the global batch."""
+    group = resolve_group(settings.process_group)
+    if group is None:
+        return local().found
+    try:
+        found, planes, entries = local()
+    except Exception:
+        if isinstance(input, Tensor):
+            report_failure(group, input.device)
+        raise
+    unit = 2**20 if callable(settings.weight_by) else 1  # only ratios matter, and integers do not round
+    counts = (unit * torch.cat([entries.new_full((1,), planes), entries])).round().long()
+    terms = f"terms {dict(wanted) if isinstance(wanted, Mapping) else list(wanted)} of {input.shape[1]} channels"
+    factors = global_factors(group, counts, settings.words, terms, mean=settings.reduction == "mean")
+    if settings.reduction == "none":
+        return found
+    place = _COUNTED if settings.average == "instance" else {}
+    return {name: value * factors[place.get(name, 0)].to(value.dtype) for name, value in found.items()}
 
 
 def weighted_sum(
@@ -355,7 +443,8 @@ def weighted_sum(
     valid_mask: Tensor | None = None,
 ) -> Tensor:
     """Sum of weight · term over the named terms, of `InstanceTerms` or ("seg", "blob") of `BlobTerms`."""
-    if _on_kernels(settings, input):
+    alone = resolve_group(settings.process_group) is None
+    if alone and _on_kernels(settings, weights, input):
         call = _Call(settings, input, target, target_labels, valid_mask)
         return _fused(call, weights)[1]
     images = input, target, target_labels, valid_mask
@@ -374,18 +463,30 @@ def evaluate(
     valid_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The wanted terms of `InstanceTerms` by name; what nobody wants is not computed."""
-    if _on_kernels(settings, input):
+    images = input, target, target_labels, valid_mask
+    return _over_ranks(settings, wanted, input, lambda: _evaluate(settings, wanted, *images))
+
+
+def _evaluate(
+    settings: Settings,
+    wanted: Collection[str],
+    input: Tensor,
+    target: Tensor,
+    target_labels: Tensor | None,
+    valid_mask: Tensor | None,
+) -> _Local:
+    if _on_kernels(settings, wanted, input):
         return _fused(_Call(settings, input, target, target_labels, valid_mask), dict.fromkeys(wanted, 0.0))[0]
-    scene = _Scene(settings, input, target, target_labels, valid_mask)
-    planes, loss = scene.planes, settings.instance
+    scene = Scene(settings, input, target, target_labels, valid_mask)
+    planes, pixel, loss = scene.planes, settings.pixel, settings.instance
     by_instance = any(name != "seg" for name in wanted)
     weighted = "seg" in wanted and isinstance(settings.pixel, InverseWeightedDice)
     soft = settings.missed == "soft" and not {"false_gt", "false_pred"}.isdisjoint(wanted)
     part = scene.partition(predicted=by_instance) if by_instance or weighted else None
     request, tables, areas = None, [], []
     if part is not None:
-        tables = list(_rows(part)) if by_instance else []
-        areas = [_by_instance(torch.bincount(rows, minlength=n).double()) for rows, n in tables]
+        tables = list(table_rows(part)) if by_instance else []
+        areas = [instance_table(torch.bincount(rows, minlength=n).double()) for rows, n in tables]
         if soft:  # a largest probability is a sum over one pixel
             tables.append((part.peaks(planes.values.detach(), part.missed), part.target.real + 1))
         if weighted:
@@ -398,41 +499,53 @@ def evaluate(
             loss.pointwise if own else None,
             tuple(tables),
         )
-    dense = [scene.dense_request(part)] if "seg" in wanted else []
+    dense = [scene.dense_request(part)] if "seg" in wanted and not isinstance(pixel, Criterion) else []
     whole, tables = instance_sums(planes.values, planes.logits, tuple(dense), request)
 
     result: dict[str, Tensor] = {}
-    if "seg" in wanted:
+    number = len(planes.omega)
+    if "seg" in wanted and isinstance(pixel, Criterion):
+        result["seg"] = scene.criterion_seg(pixel)
+    elif "seg" in wanted:
         result["seg"] = scene.seg(whole[0], dense[0].target, part, tables[-1][1:, 0] if weighted else None)
     if part is None or not by_instance:
-        return result
+        return _Local(result, number, planes.omega.new_zeros(2))
 
-    features = tm.Features(_by_instance(tables[0]), _by_instance(tables[1]), *areas)
+    features = tm.Features(instance_table(tables[0]), instance_table(tables[1]), *areas)
     truth, pred = part.target, part.pred
     weight_gt, weight_pred = (tm.instance_weights(side, settings.weight_by) for side in (truth, pred))
+    gt_entries = pred_entries = tm.plane_sum(weight_gt, truth)
+    if settings.pred_normalizer == "pred":
+        pred_entries = tm.plane_sum(weight_pred, pred)
     if not {"instance_gt", "instance_pred", "proximity"}.isdisjoint(wanted):
-        loss_gt, loss_pred = tm.instance_entries(part, features, planes.omega, loss, mask_target=settings.mask_target)
+        mask = settings.mask_target
+        if isinstance(loss, Criterion):
+            loss_gt, loss_pred = masked.instance_entries(part, scene.probabilities, loss, mask_target=mask)
+        else:
+            loss_gt, loss_pred = tm.instance_entries(part, features, planes.omega, loss, mask_target=mask)
         loss_gt, loss_pred = scene.spoil(loss_gt, truth.plane), scene.spoil(loss_pred, pred.plane)
         how = {"average": settings.average, "reduction": settings.reduction}
         if "instance_gt" in wanted:
-            entries = tm.plane_sum(weight_gt, truth)
-            result["instance_gt"] = scene.finish(tm.average(weight_gt * loss_gt, truth, entries, **how))
+            result["instance_gt"] = scene.finish(tm.average(weight_gt * loss_gt, truth, gt_entries, **how))
         if "instance_pred" in wanted:
-            by_pred = settings.pred_normalizer == "pred"
-            entries = tm.plane_sum(weight_pred, pred) if by_pred else tm.plane_sum(weight_gt, truth)
-            result["instance_pred"] = scene.finish(tm.average(weight_pred * loss_pred, pred, entries, **how))
+            result["instance_pred"] = scene.finish(tm.average(weight_pred * loss_pred, pred, pred_entries, **how))
         if "proximity" in wanted:
             squared = settings.proximity_reduction == "squared"
             result["proximity"] = scene.reduce(tm.proximity(part, loss_gt, loss_pred, scene.spacing, squared=squared))
     if "center" in wanted:
-        sums = tm.center_sums(part, features, planes.valid, scene.center_size, settings.center)
-        result["center"] = scene.reduce(scene.spoil(settings.center.reduce(sums, planes.omega)))
+        boxes, center = tm.center_boxes(part, features, planes.valid, scene.center_size), settings.center
+        if isinstance(center, Criterion):
+            maps = tm.center_maps(part, boxes, planes.values.dtype)
+            values = masked.plane_values(*maps, center, planes.size)
+        else:
+            values = center.reduce(tm.center_sums(part, boxes, center), planes.omega)
+        result["center"] = scene.reduce(scene.spoil(values))
     if not {"false_gt", "false_pred"}.isdisjoint(wanted):
         soft_alone = tm.soft_alone(part, features, tables[2][1:, 0], settings.missed_weight) if soft else None
         rates = tm.false_rates(part, features, (weight_gt, weight_pred), soft_alone)
         for name, rate in zip(("false_gt", "false_pred"), rates, strict=True):
             result[name] = scene.reduce(scene.spoil(rate))
-    return result
+    return _Local(result, number, torch.stack([gt_entries.sum(), pred_entries.sum()]))
 
 
 def instance_terms(
@@ -461,6 +574,7 @@ def instance_terms(
     weight_by: str | Callable[[Tensor], Tensor] = "count",
     reduction: str = "mean",
     max_instances: int | None = None,
+    process_group: ProcessGroup = None,
     target_labels: Tensor | None = None,
     valid_mask: Tensor | None = None,
 ) -> InstanceTerms:
@@ -471,8 +585,12 @@ def instance_terms(
             `softmax`, anything with `other_act`, else probabilities. Each class of each image is a plane of its own.
         target: `[B, C, *S]` or `[B, 1, *S]`, binary of any dtype; class indices `[B, 1, *S]` with `to_onehot_y`.
         pixel_loss: of the whole image (`seg`): a name ("dice", "ce", "dicece", "generalized_dice", "focal", "gdf",
-            "tversky", "inverse_weighted_dice") or a pixel loss of this library.
-        instance_loss: of one instance, likewise.
+            "tversky", "inverse_weighted_dice"), a pixel loss of this library, or any callable `(P, G) -> scalar`. P are
+            probabilities, G 0 or 1, `[B, C, *S]` (`[1, 1, *S]` for each plane on its own if `reduction` is not
+            "mean"); pixels that are not valid are 0 in both. MONAI's DiceLoss, TverskyLoss and GeneralizedDiceLoss
+            without activation are recognised.
+        instance_loss: of one instance, likewise; a callable sees `[1, 1, *S]`, 0 where P and G are masked. It must
+            work under `torch.func.vmap`, and is much slower than a separable loss.
         center_loss: of the centre maps, likewise.
         average: "instance" averages `instance_gt` and `instance_pred` over all instances of the batch; "image" per
             plane, then over planes. The other terms are always averaged per plane, then over planes.
@@ -505,6 +623,11 @@ def instance_terms(
         max_instances: limit on the instances of a plane on either side, which makes the kernels' tables smaller; None
             has room for the most that there can be. Beyond it the terms are NaN, and the next call says so in a
             warning. The CPU needs no limit and has none.
+        process_group: whose ranks share the batch: their mean of the result, and DistributedDataParallel's mean of the
+            gradients, are those of the batches of all ranks together. "world" is the default group, or nothing where
+            `torch.distributed` is not initialised; None averages over this rank's batch. With a group every call is a
+            collective, of six integers: all ranks must make it. `reduction="sum"` is scaled by the number of ranks, for
+            the same reason; "none" is not scaled.
         target_labels: `[B, C, *S]` integer ids of ground-truth instances, 0 = background, which may touch and need
             not be consecutive; None takes the connected components of the target.
         valid_mask: `[B, 1, *S]`, 1 where a pixel counts (partial annotation, ignore label).
@@ -516,8 +639,12 @@ def instance_terms(
 
     Raises:
         ValueError: shapes, devices, names or values that do not fit (values are checked on the CPU, and on a GPU
-            with `fastinstance.debug_checks(True)`).
+            with `fastinstance.debug_checks(True)`); a callable that does not return a scalar.
         TypeError: wrong dtypes or kinds of arguments.
+        RuntimeError: a callable that `torch.func.vmap` cannot batch.
+
+    With a process group the errors of one rank reach the others, as RuntimeError, and ranks with different settings
+    raise ValueError, always on the CPU and on a GPU in the first call with these settings.
     """
     settings = Settings(
         pixel_loss=pixel_loss,
@@ -542,6 +669,7 @@ def instance_terms(
         weight_by=weight_by,
         reduction=reduction,
         max_instances=max_instances,
+        process_group=process_group,
     )
     found = evaluate(settings, InstanceTerms._fields, input, target, target_labels, valid_mask)
     return InstanceTerms(**found)
@@ -586,10 +714,18 @@ def evaluate_blob(
     target_labels: Tensor | None = None,
     valid_mask: Tensor | None = None,
 ) -> BlobTerms:
-    if _on_kernels(settings, input):
+    """Both parts of blob loss."""
+    images = input, target, target_labels, valid_mask
+    return BlobTerms(**_over_ranks(settings, ("seg", "blob"), input, lambda: _evaluate_blob(settings, *images)))
+
+
+def _evaluate_blob(
+    settings: Settings, input: Tensor, target: Tensor, target_labels: Tensor | None, valid_mask: Tensor | None
+) -> _Local:
+    if _on_kernels(settings, BlobTerms._fields, input):
         call = _Call(settings, input, target, target_labels, valid_mask)
-        return BlobTerms(**_fused(call, {"seg": 0.0, "blob": 0.0})[0])
-    scene = _Scene(settings, input, target, target_labels, valid_mask)
+        return _fused(call, {"seg": 0.0, "blob": 0.0})[0]
+    scene = Scene(settings, input, target, target_labels, valid_mask)
     planes, loss = scene.planes, settings.instance
     part = scene.partition(predicted=False)
     truth, raw = part.target, part.raw_target
@@ -610,13 +746,22 @@ def evaluate_blob(
     whole, tables = instance_sums(
         planes.values, planes.logits, (seg_sums,) if shared else (seg_sums, outside_sums), request
     )
-    seg = scene.seg(whole[0], seg_sums.target, part, tables[-1][1:, 0] if weighted else None)
+    if isinstance(settings.pixel, Criterion):
+        seg = scene.criterion_seg(settings.pixel)
+    else:
+        seg = scene.seg(whole[0], seg_sums.target, part, tables[-1][1:, 0] if weighted else None)
 
-    values = tm.blob_entries(tables[0][1:], whole[-1], truth, planes.omega, loss)
+    if isinstance(loss, Criterion):
+        labels = masked.label_map(part, truth)
+        values = masked.blob_entries(labels, truth, scene.probabilities, loss, (1, *planes.size))
+    else:
+        values = tm.blob_entries(tables[0][1:], whole[-1], truth, planes.omega, loss)
     per_plane = scene.spoil(tm.plane_mean(values, truth, truth.per_plane))
-    if settings.reduction == "mean":  # over the planes that have an instance
-        return BlobTerms(seg, scene.finish(per_plane.sum() / (truth.per_plane > 0).sum().clamp(min=1)))
-    return BlobTerms(seg, scene.reduce(per_plane))
+    filled = (truth.per_plane > 0).sum()
+    # The mean is over the planes that have an instance.
+    mean = settings.reduction == "mean"
+    blob = scene.finish(per_plane.sum() / filled.clamp(min=1)) if mean else scene.reduce(per_plane)
+    return _Local({"seg": seg, "blob": blob}, len(planes.omega), torch.stack([filled, filled]).double())
 
 
 def blob_terms(
@@ -634,6 +779,7 @@ def blob_terms(
     min_size: int = 0,
     reduction: str = "mean",
     max_instances: int | None = None,
+    process_group: ProcessGroup = None,
     target_labels: Tensor | None = None,
     valid_mask: Tensor | None = None,
 ) -> BlobTerms:
@@ -659,6 +805,7 @@ def blob_terms(
         min_size=min_size,
         reduction=reduction,
         max_instances=max_instances,
+        process_group=process_group,
     )
     return evaluate_blob(settings, input, target, target_labels, valid_mask)
 
@@ -682,5 +829,5 @@ def label(mask: Tensor, *, connectivity: int | None = None, min_size: int = 0) -
     check_mask(mask)
     check_size("min_size", min_size)
     connectivity = check_connectivity(connectivity, mask.ndim - 2)
-    labels, counts = label_planes(mask.detach().flatten(0, 1), None, connectivity, min_size)
+    labels, counts = label_planes(_plain(mask).detach().flatten(0, 1), None, connectivity, min_size)
     return labels.view(mask.shape), counts.view(mask.shape[:2])

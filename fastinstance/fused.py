@@ -170,9 +170,9 @@ def fused_terms(
     given: bool,
     request: str,
     max_instances: int | None,
-) -> tuple[Tensor, Tensor]:
-    """All terms and their weighted sum; arguments and results as `fastinstance_kernels.engine.forward`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All terms, their weighted sum, and `Saved.entries`; arguments as `fastinstance_kernels.engine.forward`."""
     found, total, *saved = terms_op(values, target, predicted, valid, weights, given, request)
     if max_instances is not None and saved[_COUNTS].numel():
         _report(saved[_COUNTS], max_instances)
-    return found, total
+    return found, total, saved[-1]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import TypedDict, Unpack
 
 from torch import Tensor, nn
 
 from .functional import BlobTerms, InstanceTerms, Settings, evaluate, evaluate_blob, weighted_sum
+from .parallel import ProcessGroup
 from .pixel import (
     CrossEntropy,
     Dice,
@@ -58,6 +58,7 @@ class BlobOptions(ImageOptions, total=False):
     connectivity: int | None
     min_size: int
     max_instances: int | None
+    process_group: ProcessGroup
 
 
 class InstanceOptions(BlobOptions, total=False):
@@ -89,9 +90,7 @@ class _Loss(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings that differ from the defaults."""
-        defaults = Settings()
-        changed = [f.name for f in fields(Settings) if getattr(self.settings, f.name) != getattr(defaults, f.name)]
-        return ", ".join(f"{name}={getattr(self.settings, name)!r}" for name in changed)
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.changed.items())
 
 
 class _PixelLoss(_Loss):

@@ -15,6 +15,7 @@ from .pixel import Pointwise, cost_of
 __all__ = [
     "DenseSums",
     "InstanceSums",
+    "OnlyOnce",
     "Segments",
     "instance_sums",
 ]
@@ -293,7 +294,7 @@ class _Sums(torch.autograd.Function):
         given = [u for u in upstream if u is not None]
         if not given:
             return None, None, None, None
-        return _OnlyOnce.apply(_Sums._gradient(ctx, upstream), *given), None, None, None
+        return OnlyOnce.apply(_Sums._gradient(ctx, upstream), *given), None, None, None
 
     @staticmethod
     @torch.no_grad()
@@ -314,7 +315,7 @@ class _Sums(torch.autograd.Function):
         return gradient
 
 
-class _OnlyOnce(torch.autograd.Function):
+class OnlyOnce(torch.autograd.Function):
     """Identity on a finished gradient, so that a second derivative is an error and not a silent zero."""
 
     @staticmethod

@@ -66,6 +66,12 @@ class Partition:
     raw_target: Side  # the ground truth before `min_size`
     pairs: tuple[Tensor, Tensor]  # [A] int64 each: rows of target and of pred that share a pixel
     linked: tuple[Tensor, Tensor] = field(repr=False)  # pairs, then the links of artificial instances
+    pair_of: Tensor = field(repr=False)  # int64 position in `pairs` of each pixel that a pair shares
+
+    @cached_property
+    def shared(self) -> Tensor:
+        """[A] int64 pixels that each pair shares."""
+        return torch.bincount(self.pair_of, minlength=len(self.pairs[0]))
 
     @cached_property
     def coordinates(self) -> tuple[Tensor, ...]:
@@ -116,13 +122,17 @@ class Partition:
         peaks[first] = torch.arange(len(wanted), device=row.device)
         return peaks[:-1]
 
-    def centroids(self, side: Side) -> Tensor:
-        """Pixel nearest to the centroid, floor((2Σx + n) / 2n) in integers; int64 [K, axes]."""
+    def coordinate_sums(self, side: Side) -> Tensor:
+        """Σx of each instance along each axis; int64 [K, axes]."""
         sums = [
             side.count.new_zeros(side.real + 1).index_add_(0, side.label, position)[1:] for position in self.coordinates
         ]
-        twice = 2 * side.count[:, None]
-        return (2 * torch.stack(sums, 1) + side.count[:, None]) // twice
+        return torch.stack(sums, 1)
+
+    def centroids(self, side: Side) -> Tensor:
+        """Pixel nearest to the centroid, floor((2Σx + n) / 2n) in integers; int64 [K, axes]."""
+        count = side.count[:, None]
+        return (2 * self.coordinate_sums(side) + count) // (2 * count)
 
 
 def _unique(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,6 +175,7 @@ def partition(
     predicted: Tensor | None,
     *,
     labels: Tensor | None = None,
+    pred_labels: Tensor | None = None,
     connectivity: int,
     min_size: int = 0,
 ) -> Partition:
@@ -174,6 +185,7 @@ def partition(
         target: bool `[planes, *S]`.
         predicted: bool `[planes, *S]`, or None where only the ground truth is of interest.
         labels: integer `[planes, *S]`, given ground-truth ids (0 = background) in place of the components of `target`.
+        pred_labels: the same of `predicted`.
         connectivity: of the components.
         min_size: components with fewer pixels become background.
     """
@@ -185,6 +197,8 @@ def partition(
         truth = _given(labels, pixels, pixels // math.prod(size))
     if predicted is None:
         found = torch.zeros_like(truth[0]), torch.zeros_like(truth[1])
+    elif pred_labels is not None:
+        found = _given(pred_labels, pixels, pixels // math.prod(size))
     else:
         found = components_at(predicted, pixels, connectivity)
     raw = side = _side(*truth)
@@ -194,6 +208,6 @@ def partition(
 
     stride = max(pred.real, 1)
     shared = ((side.label > 0) & (pred.label > 0)).nonzero().squeeze(1)
-    keys, _ = _unique((side.label[shared] - 1) * stride + pred.label[shared] - 1)
+    keys, pair_of = _unique((side.label[shared] - 1) * stride + pred.label[shared] - 1)
     pairs = keys // stride, keys % stride
-    return Partition(tuple(size), pixels, side, pred, raw, pairs, _links(side, pred, pairs))
+    return Partition(tuple(size), pixels, side, pred, raw, pairs, _links(side, pred, pairs), pair_of)

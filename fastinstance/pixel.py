@@ -19,6 +19,7 @@ from torch import Tensor
 
 __all__ = [
     "EPS",
+    "NAMES",
     "CrossEntropy",
     "Dice",
     "Focal",
@@ -321,6 +322,9 @@ _BY_NAME: dict[str, SeparableLoss] = {
 }
 
 
+NAMES = tuple(_BY_NAME)
+
+
 def resolve(loss: object, argument: str) -> SeparableLoss:
     """The separable loss meant by a name, by a `SeparableLoss`, or by a module that holds one as `.separable`.
 
@@ -328,11 +332,12 @@ def resolve(loss: object, argument: str) -> SeparableLoss:
     """
     if isinstance(loss, str):
         if loss not in _BY_NAME:
-            raise ValueError(f"expected {argument} to be one of {', '.join(_BY_NAME)}, got {loss!r}")
+            raise ValueError(f"expected {argument} to be one of {', '.join(NAMES)}, got {loss!r}")
         return _BY_NAME[loss]
     separable = getattr(loss, "separable", loss)
     if not isinstance(separable, SeparableLoss):
         raise TypeError(
-            f"expected {argument} to be a name ({', '.join(_BY_NAME)}) or a pixel loss of fastinstance, got {loss!r}"
+            f"expected {argument} to be a name ({', '.join(NAMES)}), a pixel loss of fastinstance or a function "
+            f"(P, G) -> scalar, got {loss!r}"
         )
     return separable

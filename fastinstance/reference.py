@@ -654,6 +654,15 @@ def reduce_entries(
     return reduce_planes(means, reduction)
 
 
+def seg_term(batch: list[list[Plane]], loss: Loss, softmax: bool, reduction: Reduction) -> Tensor:
+    """L_seg. Any callable sees all images `[B, C', *S]` at once, or each plane on its own if planes are kept apart."""
+    if callable(loss) and reduction == "mean":
+        P = torch.stack([torch.stack([plane.image.p for plane in planes]) for planes in batch])
+        G = torch.stack([torch.stack([plane.y for plane in planes]) for planes in batch])
+        return loss(P, G.to(P.dtype)) + (P * 0.0).sum()
+    return reduce_planes(pixel_terms(batch, loss, softmax), reduction)
+
+
 def pixel_terms(batch: list[list[Plane]], loss: Loss, softmax: bool) -> list[list[Tensor]]:
     """L_seg per plane."""
     values = []
@@ -742,7 +751,7 @@ def instance_terms(
         for rows in zip(batch, entries_gt, entries_pred, strict=True)
     ]
     return InstanceTerms(
-        seg=reduce_planes(pixel_terms(batch, pixel_loss, softmax), reduction),
+        seg=seg_term(batch, pixel_loss, softmax, reduction),
         instance_gt=reduce_entries(entries_gt, weights_gt, divisor_gt, average, reduction),
         instance_pred=reduce_entries(entries_pred, weights_pred, divisor_pred, average, reduction),
         center=reduce_planes(per_plane(batch, lambda x: center_term(x, center_loss, size)), reduction),
@@ -808,7 +817,160 @@ def blob_terms(
         blob = reduce_planes(means, "sum") / max(planes_with_blobs, 1)
     else:
         blob = reduce_planes(means, reduction)
-    return BlobTerms(seg=reduce_planes(pixel_terms(batch, pixel_loss, softmax), reduction), blob=blob)
+    return BlobTerms(seg=seg_term(batch, pixel_loss, softmax, reduction), blob=blob)
+
+
+def matched_pairs(t: Tensor, q: Tensor, score: str, threshold: float) -> list[tuple[int, int]]:
+    """One-to-one pairs (n, m) with a score, "iou" or "dice", above the threshold: greatest first, ties by n, then m."""
+    candidates = []
+    for n in ids_in(t):
+        for m in ids_in(q[t == n]):
+            shared = int(((t == n) & (q == m)).sum())
+            both = int((t == n).sum()) + int((q == m).sum())
+            value = 2 * shared / both if score == "dice" else shared / (both - shared)
+            if value > threshold:
+                candidates.append((-value, n, m))
+    pairs: list[tuple[int, int]] = []
+    for _, n, m in sorted(candidates):
+        if all(n != other_n and m != other_m for other_n, other_m in pairs):
+            pairs.append((n, m))
+    return pairs
+
+
+def dice_coefficient(a: Tensor, b: Tensor) -> float:
+    """Eq. 1 of two boolean images that are not both empty."""
+    return 2 * int((a & b).sum()) / (int(a.sum()) + int(b.sum()))
+
+
+def partners(t: Tensor, q: Tensor, matching: str, threshold: float) -> list[tuple[int, int]]:
+    """The pairs (n, m) that detect: all that share a pixel with "overlap", the one-to-one pairs otherwise."""
+    if matching == "overlap":
+        return [(n, m) for n in ids_in(t) for m in ids_in(q[t == n])]
+    return matched_pairs(t, q, matching, threshold)
+
+
+def plane_metrics(
+    t: Tensor, q: Tensor, *, matching: str, threshold: float, voxel_ml: float, zero_division: float
+) -> dict[str, float]:
+    """The metrics of one plane from the ids of both sides `[*S]`."""
+    error = 0.0 if zero_division == zero_division else math.nan
+    N, M = len(ids_in(t)), len(ids_in(q))
+    detects = partners(t, q, matching, threshold)
+    found = len({n for n, _ in detects})
+    hit = len({m for _, m in detects})
+    true_positives = matched_pairs(t, q, "dice", 0.0) if matching == "overlap" else detects
+    quality = sum(dice_coefficient(t == n, q == m) for n, m in true_positives)
+    tp = len(true_positives)
+    sen = found / N if N else zero_division
+    ppv = hit / M if M else zero_division
+    f1 = 0.0 if N or M else zero_division
+    if found:
+        f1 = 2 * sen * ppv / (sen + ppv)
+    denominator = tp + (M - tp) / 2 + (N - tp) / 2
+    true, predicted = int((t > 0).sum()), int((q > 0).sum())
+    return {
+        "dsc": dice_coefficient(t > 0, q > 0) if true + predicted else zero_division,
+        "vol_diff_ml": (predicted - true) * voxel_ml,
+        "vol_diff_percent": 100 * (predicted - true) / true if true else error,
+        "sen": sen,
+        "fnr": (N - found) / N if N else error,
+        "ppv": ppv,
+        "fdr": (M - hit) / M if M else error,
+        "f1": f1,
+        "pq": quality / denominator if denominator else zero_division,
+        "sq": quality / tp if tp else zero_division,
+        "rq": tp / denominator if denominator else zero_division,
+        "n_target": N,
+        "n_pred": M,
+        "n_missed": N - found,
+        "n_false": M - hit,
+    }
+
+
+def labelled(mask: Tensor, labels: Tensor | None, connectivity: int | None, min_size: int) -> Tensor:
+    """Given ids `[B, C, *S]` or the components of the mask, without the small ones."""
+    if labels is None:
+        return connected_components(mask != 0, connectivity, min_size)[0]
+    kept = [[drop_small(plane, min_size) for plane in image] for image in labels]
+    return torch.stack([torch.stack(image) for image in kept])
+
+
+def instance_metrics(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    connectivity: int | None = None,
+    matching: str = "overlap",
+    threshold: float = 0.5,
+    spacing: Sequence[float] | None = None,
+    min_size: int = 0,
+    pred_labels: Tensor | None = None,
+    target_labels: Tensor | None = None,
+    zero_division: float = 0.0,
+) -> dict[str, Tensor]:
+    """All metrics of masks `[B, C, *S]`, each `[B, C]`; `spacing` has one number for each axis."""
+    t = labelled(target, target_labels, connectivity, min_size)
+    q = labelled(pred, pred_labels, connectivity, min_size)
+    voxel_ml = math.prod(spacing or [1.0]) / 1000
+    planes = [
+        plane_metrics(
+            t[b, c], q[b, c], matching=matching, threshold=threshold, voxel_ml=voxel_ml, zero_division=zero_division
+        )
+        for b, c in batch_and_channel(pred)
+    ]
+    return {
+        name: torch.tensor([plane[name] for plane in planes], dtype=torch.float64).view(pred.shape[:2])
+        for name in planes[0]
+    }
+
+
+def volume_group(pixels: int, voxel_ml: float, edges: Sequence[float]) -> int:
+    """The size group of an instance: the number of edges, in mL, that its volume reaches."""
+    return sum(1 for edge in edges if pixels * voxel_ml >= edge * (1 - 1e-6))
+
+
+def metrics_by_volume(
+    t: Tensor, q: Tensor, edges: Sequence[float], *, matching: str, threshold: float, voxel_ml: float
+) -> list[dict[str, float]]:
+    """Sums over the instances of each size group of one plane; each instance is in the group of its own volume.
+
+    `dice` adds up, over the true instances, the Dice coefficient of each with the union of its partners.
+    """
+    names: list[str] = ["n_target", "found", "n_pred", "hit", "dice"]
+    groups = [dict.fromkeys(names, 0.0) for _ in range(len(edges) + 1)]
+    detects = partners(t, q, matching, threshold)
+    for n in ids_in(t):
+        group = groups[volume_group(int((t == n).sum()), voxel_ml, edges)]
+        mine = [m for other, m in detects if other == n]
+        group["n_target"] += 1
+        group["found"] += bool(mine)
+        group["dice"] += dice_coefficient(t == n, pixels_of(q, mine))
+    for m in ids_in(q):
+        group = groups[volume_group(int((q == m).sum()), voxel_ml, edges)]
+        group["n_pred"] += 1
+        group["hit"] += any(other == m for _, other in detects)
+    return groups
+
+
+def band_ensemble(
+    masks: Sequence[Tensor], edges_ml: Sequence[float], *, voxel_ml: float, connectivity: int | None = None
+) -> Tensor:
+    """Section 4.2 for k masks `[B, C, *S]`: model i gives its instances between the edges i - 1 and i; their union."""
+    union = torch.zeros_like(masks[0], dtype=torch.bool)
+    for band, mask in enumerate(masks):
+        labels, _ = connected_components(mask != 0, connectivity)
+        for b, c in batch_and_channel(mask):
+            for k in ids_in(labels[b, c]):
+                instance = labels[b, c] == k
+                if volume_group(int(instance.sum()), voxel_ml, edges_ml) == band:
+                    union[b, c] |= instance
+    return union
+
+
+def majority_vote(masks: Sequence[Tensor]) -> Tensor:
+    """Section 4.4: the pixels that more than half of the masks have."""
+    votes = sum((mask != 0).long() for mask in masks)
+    return torch.as_tensor(2 * votes > len(masks))
 
 
 def voronoi(labels: Tensor, spacing: Sequence[float] | None = None) -> Tensor:

@@ -19,18 +19,24 @@ from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums, cost_of, inve
 
 __all__ = [
     "BlobTerms",
+    "CenterBoxes",
     "Features",
     "InstanceTerms",
     "average",
     "blob_entries",
+    "blob_sums",
+    "center_boxes",
+    "center_maps",
     "center_sums",
     "false_rates",
     "instance_entries",
     "instance_weights",
     "inverse_weighted_dice",
+    "matched_sums",
     "plane_mean",
     "plane_sum",
     "proximity",
+    "proximity_from",
     "soft_alone",
 ]
 
@@ -82,7 +88,9 @@ def _sums(loss: SeparableLoss, inside: Tensor, outside: Tensor, target: Tensor, 
     return Sums(inside[:, 0], total[:, 1 if loss.squared else 0], target, pointwise)
 
 
-def _matched(part: Partition, features: Features, loss: SeparableLoss, mask_target: bool = True) -> tuple[Sums, Sums]:
+def matched_sums(
+    part: Partition, features: Features, loss: SeparableLoss, mask_target: bool = True
+) -> tuple[Sums, Sums]:
     """Sums of the masked pairs of Eqs. 2 and 3, for every row (with the artificial ones) of either side.
 
     Without `mask_target` the prediction of Eq. 2 is not masked inside of the ground-truth instance.
@@ -100,7 +108,7 @@ def _matched(part: Partition, features: Features, loss: SeparableLoss, mask_targ
 
 
 def instance_entries(
-    part: Partition, features: Features, omega: Tensor, loss: SeparableLoss, *, mask_target: bool
+    part: Partition, features: Features, omega: Tensor, loss: SeparableLoss, *, mask_target: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Eqs. 2 and 3: the loss of every ground-truth and every predicted instance.
 
@@ -112,7 +120,7 @@ def instance_entries(
     Returns:
         float64 `[N + artificial]` and `[M + artificial]`.
     """
-    gt_side, pred_side = _matched(part, features, loss, mask_target)
+    gt_side, pred_side = matched_sums(part, features, loss, mask_target)
     return loss.reduce(gt_side, omega[part.target.plane]), loss.reduce(pred_side, omega[part.pred.plane])
 
 
@@ -197,8 +205,8 @@ def _alone(side: Side, partners: Tensor) -> Tensor:
 def false_rates(
     part: Partition,
     features: Features,
-    weights: tuple[Tensor, Tensor],
-    soft: tuple[Tensor, Tensor] | None,
+    weights: tuple[Tensor, Tensor] | None = None,
+    soft: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Eqs. 5 and 6: the share of missed ground-truth and of false predicted instances, `[planes]` each.
 
@@ -208,13 +216,15 @@ def false_rates(
     Args:
         part: both sides.
         features: their sums.
-        weights: of the rows of either side.
+        weights: of the rows of either side; None counts them.
         soft: what `missed="soft"` adds to a missed (false) instance, from `soft_alone`.
     """
     dice = Dice()
     rates = []
-    for number, ((side, partners), sums) in enumerate(zip(_sides(part), _matched(part, features, dice), strict=True)):
-        weight = weights[number][: side.real]
+    pairs = zip(_sides(part), matched_sums(part, features, dice), strict=True)
+    for number, ((side, partners), sums) in enumerate(pairs):
+        weight = torch.ones_like(side.padded_count) if weights is None else weights[number]
+        weight = weight[: side.real]
         unfloored = dice.reduce(sums, side.padded_count)[: side.real]
         value = _alone(side, partners) + (unfloored - unfloored.detach())
         if soft is not None:
@@ -226,18 +236,25 @@ def false_rates(
 def blob_entries(instances: Tensor, whole: Tensor, target: Side, omega: Tensor, loss: SeparableLoss) -> Tensor:
     """Blob loss (Kofler et al. 2023): each ground-truth instance against all but the other instances; float64 `[N]`.
 
+    Arguments as `blob_sums`; `omega` are the pixels of each plane `[planes]`.
+    """
+    return loss.reduce(blob_sums(instances, whole, target, loss), omega[target.plane[: target.real]])
+
+
+def blob_sums(instances: Tensor, whole: Tensor, target: Side, loss: SeparableLoss) -> Sums:
+    """Sums of the masked pairs of blob loss, `[N]` each.
+
     Args:
         instances: `[N, columns]` columns of each instance.
         whole: `[planes, 3]` Σ P·G, Σ P^k and Σ v of each plane, with the ground truth as G.
         target: the ground-truth side.
-        omega: `[planes]` pixels.
         loss: of one instance.
     """
     plane = target.plane[: target.real]
     mine = torch.stack([instances[:, 1 if loss.squared else 0], instances[:, -1]], 1)  # Σ P^k, Σ v
-    foreground = mine.new_zeros((len(omega), 2)).index_add(0, plane, mine)
+    foreground = mine.new_zeros((len(whole), 2)).index_add(0, plane, mine)
     pred, pointwise = (mine + (whole[:, 1:] - foreground)[plane]).unbind(1)
-    return loss.reduce(Sums(instances[:, 0], pred, target.count.double(), pointwise), omega[plane])
+    return Sums(instances[:, 0], pred, target.count.double(), pointwise)
 
 
 def inverse_weighted_dice(
@@ -263,53 +280,83 @@ def inverse_weighted_dice(
     return ratio(intersection, intersection + rest, foreground)
 
 
-def _draw_boxes(part: Partition, side: Side, center_size: Sequence[int], valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Boxes about the centroids of a side, clipped at the border: flat index of each covered pixel, and its owner.
+def _draw_boxes(
+    part: Partition, side: Side, starts: Tensor, window: Sequence[int], valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Boxes of the instances of a side, clipped at the border: flat index of each covered pixel, and its owner.
 
-    Where boxes overlap the smallest row owns the pixel, so that each pixel appears once.
+    Where boxes overlap the smallest row owns the pixel, so that each pixel appears once. `starts` [K, axes] are the
+    lower corners, `window` the lengths of the sides.
     """
     device = part.pixels.device
     position = side.plane[: side.real, None]  # flat index, built axis by axis: [K, window so far]
     inside = torch.ones_like(position, dtype=torch.bool)
-    for length, center, window in zip(part.size, part.centroids(side).unbind(1), center_size, strict=True):
-        at = center[:, None] + torch.arange(window, device=device) - window // 2
+    for length, start, side_length in zip(part.size, starts.unbind(1), window, strict=True):
+        at = start[:, None] + torch.arange(side_length, device=device)
         inside = (inside[:, :, None] & ((at >= 0) & (at < length))[:, None]).flatten(1)
         position = (position[:, :, None] * length + at[:, None]).flatten(1)
-    nowhere, window = len(side.per_plane) * math.prod(part.size), math.prod(center_size)
+    nowhere, area = len(side.per_plane) * math.prod(part.size), math.prod(window)
     flat = position.where(inside, nowhere).flatten()
-    row = torch.arange(side.real, device=device, dtype=torch.int32).repeat_interleave(window)
+    row = torch.arange(side.real, device=device, dtype=torch.int32).repeat_interleave(area)
     owner = torch.full((nowhere + 1,), side.real, dtype=torch.int32, device=device)
     owner.scatter_reduce_(0, flat, row, "amin")
     owned = (owner.index_select(0, flat) == row) & inside.flatten()
     if valid is not None:
         owned &= valid.flatten().index_select(0, flat.clamp(max=nowhere - 1))
     kept = owned.nonzero().squeeze(1)
-    return flat.index_select(0, kept), kept // window
+    return flat.index_select(0, kept), kept // area
 
 
-def center_sums(
+class CenterBoxes(NamedTuple):
+    """Eq. 4: the boxes that stand for the instances in the centre maps; each pixel of a side is listed once.
+
+    The predicted map is `value` on the boxes with the derivative of the mean probability of the component
+    (straight-through), the ground-truth map is 0 or `value`.
+    """
+
+    true_flat: Tensor  # flat index of the pixels of true boxes
+    true_row: Tensor  # and the row of the instance that owns each
+    flat: Tensor  # the same of predicted boxes
+    row: Tensor
+    amplitude: Tensor  # [M] of predicted boxes
+    value: float
+
+
+def center_boxes(
     part: Partition,
     features: Features,
     valid: Tensor | None,
-    center_size: Sequence[int],
-    loss: SeparableLoss,
-) -> Sums:
-    """Eq. 4: sums of the pair of centre maps of each plane, for ℓ_center; tensors `[planes]`.
+    window: Sequence[int],
+    starts: tuple[Tensor, Tensor] | None = None,
+    value: float = 1,
+) -> CenterBoxes:
+    """The boxes of Eq. 4 about the centroids; where they overlap the smallest id owns a pixel.
 
-    Each instance is drawn as a box about its centroid; where boxes overlap the smallest id owns the pixel. The
-    predicted map is 1 on the boxes with the derivative of the mean probability of the component (straight-through), the
-    ground-truth map is 0 or 1.
+    Args:
+        part: the instances of both sides.
+        features: Σp of each.
+        valid: `[planes, *S]` bool, pixels that may be drawn.
+        window: length of the boxes along each axis.
+        starts: `[N, axes]` and `[M, axes]` lower corners in place of those about the centroids.
+        value: of the maps inside the boxes.
     """
+    sides = part.target, part.pred
+    if starts is None:
+        half = torch.tensor([length // 2 for length in window], device=part.pixels.device)
+        starts = part.centroids(sides[0]) - half, part.centroids(sides[1]) - half
+    true, pred = (_draw_boxes(part, side, start, window, valid) for side, start in zip(sides, starts, strict=True))
+    mean = features.pred[:, :, 0].sum(1) / part.pred.count
+    return CenterBoxes(*true, *pred, value + (mean - mean.detach()), value)
+
+
+def center_sums(part: Partition, boxes: CenterBoxes, loss: SeparableLoss) -> Sums:
+    """Eq. 4: sums of the pair of centre maps of each plane, for ℓ_center; tensors `[planes]`."""
     truth, pred = part.target, part.pred
     planes = len(truth.per_plane)
-    true_flat, true_row = _draw_boxes(part, truth, center_size, valid)
+    true_flat, true_row, flat, row, amplitude, value = boxes
     drawn = torch.zeros(planes * math.prod(part.size), dtype=torch.bool, device=true_flat.device)
     drawn[true_flat] = True
-    flat, row = _draw_boxes(part, pred, center_size, valid)
     area = torch.bincount(2 * row + drawn[flat], minlength=2 * pred.real).view(-1, 2).double()  # outside, inside
-
-    mean = features.pred[:, :, 0].sum(1) / pred.count
-    amplitude = 1 + (mean - mean.detach())
     plane = pred.plane[: pred.real]
 
     def per_plane(values: Tensor) -> Tensor:
@@ -323,11 +370,20 @@ def center_sums(
         wrong = area[:, 0] * loss.pointwise(miss, cost_of(hit))
         pointwise = per_plane(right + wrong) + (target - per_plane(area[:, 1])) * loss.pointwise.missed
     return Sums(
-        intersection=per_plane(area[:, 1] * amplitude),
+        intersection=per_plane(area[:, 1] * amplitude) * value,
         pred=per_plane(area.sum(1) * (amplitude.square() if loss.squared else amplitude)),
-        target=target,
+        target=target * (value**2 if loss.squared else value),
         pointwise=pointwise,
     )
+
+
+def center_maps(part: Partition, boxes: CenterBoxes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Eq. 4: the pair of centre maps, for any ℓ_center; `[planes, P]` each."""
+    shape = len(part.target.per_plane), math.prod(part.size)
+    blank = boxes.amplitude.new_zeros(math.prod(shape), dtype=dtype)
+    predicted = blank.index_put((boxes.flat,), boxes.amplitude.to(dtype)[boxes.row])
+    true = blank.index_fill(0, boxes.true_flat, boxes.value)
+    return predicted.view(shape), true.view(shape)
 
 
 def proximity(
@@ -348,6 +404,19 @@ def proximity(
     distance_gt, distance_pred = nearest_boxes(
         lower, upper, truth.plane, pred_lower, pred_upper, pred.plane, len(truth.entries)
     )
+    return proximity_from(part, loss_gt, loss_pred, distance_gt, distance_pred, squared=squared)
+
+
+def proximity_from(
+    part: Partition,
+    loss_gt: Tensor,
+    loss_pred: Tensor,
+    distance_gt: Tensor,
+    distance_pred: Tensor,
+    *,
+    squared: bool = True,
+) -> Tensor:
+    """Eq. 10 from the least distance of each row of either side, or without `squared` S_P + S_GT; `[planes]`."""
     sum_gt = plane_sum(distance_gt * loss_gt, part.target)
     sum_pred = plane_sum(distance_pred * loss_pred, part.pred)
     return (sum_pred - sum_gt).square() if squared else sum_pred + sum_gt

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastinstance as fi
-from bench import cpu, gpu, label
+from bench import cpu, gpu, label, metrics
 from bench.scenes import Scene, balls, noise, specks, spread
 
 
@@ -78,3 +78,23 @@ def test_gpu_goes_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     text = gpu.table(result)
     assert "no scene 0" in text
     assert "wrong: value or gradient differs by 0.5" in text
+
+
+def test_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_memory_elsewhere", lambda *_: 1.25)
+    result = metrics.run(repeats=1, small=True)
+    assert [row["matching"] for row in result["rows"]] == ["iou > 0.5", "overlap"]
+    assert all(set(row["milliseconds"]) == {"ours", "loop"} for row in result["rows"])
+    assert "1.25 volumes" in metrics.table(result)
+
+
+def test_wrong_metrics_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = metrics._loop
+
+    def wrong(*arguments: object) -> tuple[float, dict[str, float]]:
+        seconds, found = loop(*arguments)  # pyright: ignore[reportArgumentType]
+        return seconds, {**found, "pq": found["pq"] + 1e-6}
+
+    monkeypatch.setattr(metrics, "_loop", wrong)
+    with pytest.raises(AssertionError, match=r"pq is .* by the loop reference"):
+        metrics.run(repeats=1, small=True)

@@ -307,6 +307,11 @@ def test_errors_of_settings(module: Any, options: dict[str, Any], message: str) 
         module(**options)
 
 
+def test_a_callable_knows_no_regions() -> None:
+    with pytest.raises(TypeError, match="expected pixel_loss of CCLoss to be a name or a pixel loss of fastinstance"):
+        fastinstance.CCLoss(pixel_loss=lambda P, G: (P - G).square().mean())
+
+
 def test_inverse_weighted_dice_per_component() -> None:
     """Kundu 2026: the weights of a component are those of its own region."""
     p, y = row(0.8, 0, 0.3, 0, 0.1, 0.6, 0, 0), row(1, 0, 0, 0, 0, 0, 1, 1)

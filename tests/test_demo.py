@@ -260,7 +260,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path.write_text("old")
 
     def fail():
-        with demo._replacing(path) as part:
+        with demo.replacing(path) as part:
             part.write_text("half")
             raise ZeroDivisionError
 

@@ -193,7 +193,8 @@ SETTINGS: dict[str, Row] = {
     "unknown pixel loss": ({"pixel_loss": "dicee"}, ValueError, ["pixel_loss", "'dicee'", "dice, ", "gdf"]),
     "unknown instance loss": ({"instance_loss": "bce"}, ValueError, ["instance_loss", "'bce'", "dice, ", "gdf"]),
     "unknown centre loss": ({"center_loss": ""}, ValueError, ["center_loss", "''", "dice, ", "gdf"]),
-    "pixel loss of torch": ({"pixel_loss": torch.nn.BCELoss()}, TypeError, ["pixel_loss", "BCELoss", "dice"]),
+    "pixel loss is a number": ({"pixel_loss": 3}, TypeError, ["pixel_loss", "3", "dice", "(P, G) -> scalar"]),
+    "pixel loss of instances": ({"pixel_loss": fastinstance.ICILoss()}, TypeError, ["pixel_loss", "ICILoss"]),
     "pixel loss is a class": ({"pixel_loss": fastinstance.DiceLoss}, TypeError, ["pixel_loss", "DiceLoss"]),
     "centre loss is None": ({"center_loss": None}, TypeError, ["center_loss", "None"]),
     "pixel loss with another activation": (

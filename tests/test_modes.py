@@ -203,3 +203,15 @@ def test_the_soft_terms_have_their_exact_derivative() -> None:
         return rates(logits) - torch.stack([plain.false_gt, plain.false_pred])
 
     assert torch.autograd.gradcheck(smooth, (logits.requires_grad_(),))
+
+
+@pytest.mark.filterwarnings("ignore:instance_loss=plain_dice is called on a masked image:UserWarning")
+def test_any_callable_sees_whole_instances() -> None:
+    """A loss that is called on masked images has the mode as well."""
+    p, y = row(0.8, 0.3, 0.7, 0, 0.2, 0.4), row(1, 1, 0, 0, 1, 1)
+
+    def plain_dice(P: Tensor, G: Tensor) -> Tensor:
+        return 1 - (2 * (P * G).sum() + 1e-5) / (P.sum() + G.sum() + 1e-5)
+
+    found = gradient(functional.instance_terms, p, y, "instance_gt", mask_target=False, instance_loss=plain_dice)
+    assert_close(found, gradient(functional.instance_terms, p, y, "instance_gt", mask_target=False))

@@ -492,15 +492,20 @@ def test_values_are_at_least_float32(dtype: torch.dtype):
 
 def test_callables_see_the_masked_images():
     logits, target = scene(2, 2, 2, 6, 7)
+    seen = set()
 
     def dice(P: Tensor, G: Tensor) -> Tensor:
-        assert P.shape == G.shape == (1, 1, 6, 7)
-        return 1 - (2 * (P * G).sum() + E) / ((P + G).sum() + E)
+        assert P.shape == G.shape
+        seen.add(P.shape)
+        return (1 - (2 * (P * G).sum((2, 3)) + E) / ((P + G).sum((2, 3)) + E)).mean()
 
     losses = {"pixel_loss": dice, "instance_loss": dice, "center_loss": dice}
-    ours = instance_terms(logits, target, sigmoid=True, **losses)
-    named = instance_terms(logits, target, sigmoid=True, **dict.fromkeys(losses, "dice"))
-    torch.testing.assert_close(torch.stack(ours), torch.stack(named))
+    for reduction, shapes in (("mean", {(2, 2, 6, 7), (1, 1, 6, 7)}), ("none", {(1, 1, 6, 7)})):
+        ours = instance_terms(logits, target, sigmoid=True, reduction=reduction, **losses)
+        named = instance_terms(logits, target, sigmoid=True, reduction=reduction, **dict.fromkeys(losses, "dice"))
+        torch.testing.assert_close(torch.stack(ours), torch.stack(named))
+        assert seen == shapes
+        seen.clear()
 
 
 def test_unknown_names_are_refused():

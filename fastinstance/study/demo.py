@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,12 +27,15 @@ from matplotlib.patches import Patch
 from monai.losses.dice import GeneralizedDiceFocalLoss as MonaiGDF
 from monai.networks.nets.unet import UNet
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastinstance
-from fastinstance import functional, reference
+from fastinstance import functional, overlay, reference
+from fastinstance.files import part_of, replacing
+from fastinstance.matching import match_instances
+from fastinstance.metrics import plane_metrics, volume_sums
+from fastinstance.overlay import FALSE, FOUND, MISSED
 from fastinstance.study import brain
 
 BATCH = 8
@@ -50,7 +51,6 @@ STAGES = ("before", "after")
 
 GREY = (-2.5, 3.5)  # intensities shown black and white
 HEAD = -2.9  # intensities above it belong to the head
-FOUND, MISSED, FALSE = "#2ee66b", "#4da3ff", "#ff3b30"
 
 
 class DemoError(Exception):
@@ -138,8 +138,11 @@ class Detection(NamedTuple):
     found_by_size: NDArray[np.int64]
     false_by_size: NDArray[np.int64]
     predicted: int  # instances
-    dice: float
+    sensitivity: float
+    precision: float
+    f1: float
     panoptic_quality: float
+    dice: float
 
     @property
     def true(self) -> int:
@@ -153,55 +156,35 @@ class Detection(NamedTuple):
     def false(self) -> int:
         return int(self.false_by_size.sum())
 
-    @property
-    def sensitivity(self) -> float:
-        return self.found / self.true if self.true else 0.0
 
-    @property
-    def precision(self) -> float:
-        return 1 - self.false / self.predicted if self.predicted else 0.0
-
-    @property
-    def f1(self) -> float:
-        total = self.sensitivity + self.precision
-        return 2 * self.sensitivity * self.precision / total if total else 0.0
-
-
-def _numbered(mask: Tensor) -> NDArray[np.int64]:
+def _numbered(mask: Tensor) -> Tensor:
     """Components of `mask` [Z, 1, Y, X], numbered 1, 2, ... through all slices, without those below MIN_SIZE pixels."""
     labels, counts = fastinstance.label(mask, min_size=MIN_SIZE)
     before = (counts.cumsum(0) - counts)[..., None, None]
-    return torch.where(labels > 0, labels + before, 0).numpy().astype(np.int64)
-
-
-def _group(pixels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number of instances in each size group, given their pixel counts."""
-    return np.histogram(pixels * brain.VOXEL_ML, bins=SIZE_EDGES)[0]
+    return torch.where(labels > 0, labels + before, 0)
 
 
 def detect(prediction: Tensor, target: Tensor) -> Detection:
     """Compares the binary masks of one subject, [Z, 1, Y, X], slice by slice.
 
-    An instance is found (not false) if it shares a pixel with the other side. Panoptic quality is the sum of the Dice
-    coefficients of matched pairs over TP + FP/2 + FN/2 (Eq. 15), matched one to one so that the sum is largest.
+    An instance is found (not false) if it shares a pixel with the other side; panoptic quality is that of
+    `fastinstance.instance_metrics`.
     """
-    t, q = _numbered(target), _numbered(prediction)
-    size_t, size_q = np.bincount(t.ravel()), np.bincount(q.ravel())
-    n, m = len(size_t) - 1, len(size_q) - 1
-    both = (t > 0) & (q > 0)
-    overlap = np.bincount(t[both] * (m + 1) + q[both], minlength=(n + 1) * (m + 1)).reshape(n + 1, m + 1)[1:, 1:]
-    pair_dice = 2 * overlap / (size_t[1:, None] + size_q[None, 1:])
-    found, hit = overlap.any(1), overlap.any(0)
-    candidates = pair_dice[:, hit]
-    matched = candidates[linear_sum_assignment(candidates, maximize=True)]
-    pixels = size_t[1:].sum() + size_q[1:].sum()
+    t, q = (_numbered(mask)[:, 0][None, None] for mask in (target, prediction))
+    matches = match_instances(q > 0, t > 0, pred_labels=q, target_labels=t)
+    metrics = {name: value.item() for name, value in plane_metrics(matches).items()}
+    sums = volume_sums(matches, SIZE_EDGES[1:-1], brain.VOXEL_ML)[0, 0].long().numpy()
+    true, found, _, predicted, hit = sums.T
     return Detection(
-        true_by_size=_group(size_t[1:]),
-        found_by_size=_group(size_t[1:][found]),
-        false_by_size=_group(size_q[1:][~hit]),
-        predicted=m,
-        dice=2 * overlap.sum() / pixels if pixels else 0.0,
-        panoptic_quality=2 * matched.sum() / (n + m) if n + m else 0.0,  # TP + FP/2 + FN/2 = (n + m) / 2
+        true_by_size=true,
+        found_by_size=found,
+        false_by_size=predicted - hit,
+        predicted=int(metrics["n_pred"]),
+        sensitivity=metrics["sen"],
+        precision=metrics["ppv"],
+        f1=metrics["f1"],
+        panoptic_quality=metrics["pq"],
+        dice=metrics["dsc"],
     )
 
 
@@ -337,17 +320,6 @@ def time_losses(
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` only when the block ends well."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def prepare_folder(out: Path) -> tuple[Path, Path]:
     """Makes the folder and checks, before any work, that the picture and the table can be written there.
 
@@ -360,7 +332,7 @@ def prepare_folder(out: Path) -> tuple[Path, Path]:
         for path in (picture, table):
             if path.is_dir():
                 raise IsADirectoryError(f"{path.name} is a folder")
-            part = path.with_name(f".{path.name}.{os.getpid()}.part")
+            part = part_of(path)
             part.touch()
             part.unlink()
     except OSError as error:
@@ -387,12 +359,8 @@ def write_table(path: Path, results: dict[tuple[str, str], list[Detection]], mat
             at_precision = matched.get(loss) if (stage, subject) == ("after", "all") else None
             extra = "" if at_precision is None else f"{at_precision:.6f}"
             rows.append([loss, stage, THRESHOLD, subject, *counts, *means, extra, *np.concatenate(sizes)])
-    with _replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
-
-
-def _rgb(colour: str) -> NDArray[np.float64]:
-    return np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
 
 
 class Overlay(NamedTuple):
@@ -406,17 +374,8 @@ class Overlay(NamedTuple):
 
 def paint(image: Tensor, prediction: Tensor, target: Tensor) -> Overlay:
     """Found lesions, with the predictions that hit them, green, missed ones blue, false predictions red; all [Y, X]."""
-    t, q = (_numbered(mask[None, None])[0, 0] for mask in (target > 0, prediction))
-    found = np.zeros(t.max() + 1, bool)
-    hit = np.zeros(q.max() + 1, bool)
-    both = (t > 0) & (q > 0)
-    found[t[both]] = hit[q[both]] = True
-    grey = np.clip((image.numpy() - GREY[0]) / (GREY[1] - GREY[0]), 0, 1).astype(float)
-    picture = 0.8 * np.repeat(grey[..., None], 3, axis=-1)  # darker than the image, so that small spots stand out
-    layers = ((found[t] | hit[q], FOUND), ((t > 0) & ~found[t], MISSED), ((q > 0) & ~hit[q], FALSE))
-    for mask, colour in layers:
-        picture[mask] = 0.15 * picture[mask] + 0.85 * _rgb(colour)
-    return Overlay(picture, int(found.sum()), int((~found[1:]).sum()), int((~hit[1:]).sum()))
+    painted = overlay.paint(image.numpy(), prediction.numpy(), (target > 0).numpy(), min_size=MIN_SIZE)
+    return Overlay(overlay.colour(painted.image, painted.layer, *GREY), painted.found, painted.missed, painted.false)
 
 
 def pick_slices(labels: Tensor, slices: int, count: int = 3) -> list[int]:
@@ -468,11 +427,11 @@ def draw(path: Path, data: Slices, predictions: dict[str, Tensor], chosen: Seque
         panel(row, 0, image.numpy())
         write(0, 0.5, middle, f"test subject {index // slices + 1}, slice {index % slices + 1}", "white", 13)
         for column, logits in enumerate(predictions.values(), start=1):
-            overlay = paint(image, logits[index, 0] >= 0, target)
-            panel(row, column, overlay.picture)
-            write(column, 0.22, middle, f"found {overlay.found}", FOUND, 13)
-            write(column, 0.50, middle, f"missed {overlay.missed}", MISSED, 13)
-            write(column, 0.78, middle, f"false {overlay.false}", FALSE, 13)
+            painted = paint(image, logits[index, 0] >= 0, target)
+            panel(row, column, painted.picture)
+            write(column, 0.22, middle, f"found {painted.found}", FOUND, 13)
+            write(column, 0.50, middle, f"missed {painted.missed}", MISSED, 13)
+            write(column, 0.78, middle, f"false {painted.false}", FALSE, 13)
     names = (("found", FOUND), ("missed", MISSED), ("false", FALSE))
     figure.legend(
         handles=[Patch(color=colour, label=name) for name, colour in names],
@@ -482,7 +441,7 @@ def draw(path: Path, data: Slices, predictions: dict[str, Tensor], chosen: Seque
         labelcolor="white",
         fontsize=14,
     )
-    with _replacing(path) as part:
+    with replacing(path) as part:
         figure.savefig(part, format="png", facecolor="black")
 
 

@@ -1,0 +1,1 @@
+"""fastinstance inside other frameworks; each module needs its framework (see docs/integrations.md)."""
