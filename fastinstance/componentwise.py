@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import terms as tm
 from .components import foreground
+from .criteria import resolve
 from .functional import Scene, Settings, table_rows
 from .losses import ImageOptions, _Loss
 from .ops import DenseSums, InstanceSums, Segments, instance_sums
@@ -55,12 +56,12 @@ class CCLoss(_Loss):
 
     def __init__(self, *, pixel_loss: object = "dicece", **options: Unpack[CCOptions]) -> None:
         super().__init__()
-        self.settings = Settings(pixel_loss=pixel_loss, **options)
-        if not isinstance(self.settings.pixel, SeparableLoss):
+        if not isinstance(resolve(pixel_loss, "pixel_loss"), SeparableLoss):
             raise TypeError(
                 f"expected pixel_loss of CCLoss to be a name or a pixel loss of fastinstance, got {pixel_loss!r}: "
                 "any other callable sees whole images, not regions"
             )
+        self.settings = Settings(pixel_loss=pixel_loss, **options)
 
     def forward(
         self,
