@@ -21,6 +21,7 @@ from fastinstance.testing import assert_close
 RANKS = 2
 SPLIT = (2, 3)  # images of the two ranks
 EVERY = dict(zip(fastinstance.InstanceTerms._fields, (0.5, 1.5, -2.0, 0.25, 3.0, 0.75, 0.01), strict=True))
+MODES = {"missed": "soft", "weight_by": "size", "mask_target": False, "proximity_reduction": "sum"}
 
 Loss = Callable[..., nn.Module]
 CASES: dict[str, tuple[Loss, dict[str, Any]]] = {
@@ -33,6 +34,8 @@ CASES: dict[str, tuple[Loss, dict[str, Any]]] = {
     "false": (fastinstance.FalseLoss, {"pixel_loss": "dicece"}),
     "proximity": (fastinstance.ProximityLoss, {"pixel_loss": "inverse_weighted_dice"}),
     "only pixels": (fastinstance.InstanceLoss, {}),
+    "soft, by size": (fastinstance.InstanceLoss, {**EVERY, **MODES}),
+    "weights of one's own": (fastinstance.InstanceLoss, {**EVERY, "weight_by": lambda size: 0.25 + size / 8}),
     "blob": (fastinstance.BlobLoss, {}),
     "blob, sum": (fastinstance.BlobLoss, {"reduction": "sum", "instance_loss": "dice"}),
 }
