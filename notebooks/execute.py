@@ -20,7 +20,8 @@ FOLDER = Path(__file__).parent
 def execute(script: Path) -> None:
     """Run a script as a notebook from top to bottom; an error stops it and leaves the old file."""
     notebook = jupytext.read(script)
-    NotebookClient(notebook, timeout=1800, record_timing=False, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    resources = {"metadata": {"path": str(FOLDER)}}
+    NotebookClient(notebook, timeout=1800, record_timing=False, coalesce_streams=True, resources=resources).execute()
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"  # jupytext draws them at random, and every run would differ
     notebook.metadata.pop("jupytext", None)
