@@ -185,8 +185,8 @@ plt.show()
 # ## 2. Which stage?
 #
 # Stages are measured by leaving them out: labelling by itself, a forward pass, a whole step. With the ids of the ground
-# truth computed once beforehand (`target_labels=`, for example in the data loader) one labelling is gone; where labelling
-# is quick, as with sparse lesions on a CPU, that saves little.
+# truth computed once beforehand (`target_labels=`, for example in the data loader) one labelling is gone; where
+# labelling is quick, as with sparse lesions on a CPU, that saves little.
 
 # %%
 ids, _ = fastinstance.label(target)
@@ -270,10 +270,9 @@ plt.show()
 # ## 4. How far from the roof?
 #
 # A roofline has two limits: bytes (measured here with a large copy) and arithmetic (a large matrix product, or the
-# convolution below if it is faster). How many
-# operations a kernel does for each byte it must move decides which limit it meets first. Losses do little arithmetic
-# and live on the left, under the slope or near its end. A 3 × 3 convolution of a U-Net, for comparison, lives on the
-# right.
+# convolution below if it is faster). How many operations a kernel does for each byte it must move decides which limit
+# it meets first. Losses do little arithmetic and live on the left, under the slope or near its end. A 3 × 3 convolution
+# of a U-Net, for comparison, lives on the right.
 #
 # Bytes are the compulsory ones: read logits and target, write the gradient, 12 bytes a pixel for float32. Operations
 # are counted by hand for the losses, some 40 a pixel for a sigmoid, a logarithm, the sums and their derivative, and by
