@@ -288,7 +288,7 @@ axes.step(order, marked, where="mid", color="#CC79A7", linestyle="--", label="tr
 axes.plot(order[chosen], np.array(pixels)[chosen], "o", color="black", label="drawn above")
 axes.set(xlabel="failing scene, in the order of the search", ylabel="pixels", ylim=(0, None))
 axes.spines[["top", "right"]].set_visible(False)
-axes.legend(frameon=False, loc="upper center")
+axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
 plt.show()
 
 # %% [markdown]
