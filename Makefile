@@ -1,9 +1,9 @@
-# make demo | make test: set up .venv with pinned versions, then run.
+# make demo | make test | make notebooks: set up .venv with pinned versions, then run.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint notebooks clean
 
 demo: $(VENV)/ready
 	$(RUN) -m fastinstance demo
@@ -17,6 +17,10 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+notebooks: $(VENV)/ready
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[notebooks]"
+	$(RUN) notebooks/execute.py
 
 $(VENV)/ready: pyproject.toml constraints.txt tests/nnunet.txt
 	$(PYTHON) -m venv $(VENV)

@@ -142,5 +142,13 @@ def test_the_sdist_can_run_the_tests(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {"tests/test_structure.py", "bench/cpu.py", "Makefile", "constraints.txt", "LICENSE", "README.md"} <= names
+    assert {
+        "tests/test_structure.py",
+        "bench/cpu.py",
+        "notebooks/01_instances.py",
+        "Makefile",
+        "constraints.txt",
+        "LICENSE",
+        "README.md",
+    } <= names
     assert not any(name.startswith((".venv", "demo", "dist")) for name in names)
