@@ -160,7 +160,7 @@ def evaluate_pair(name: str, pred: Path, target: Path, options: Options) -> Resu
 def _read_table(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark in front
             return list(csv.DictReader(file))
     except (UnicodeDecodeError, csv.Error) as error:
         raise FileError(f"{path}: not a CSV file ({error})") from error
@@ -200,7 +200,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         arguments.min_size,
         arguments.zero_division,
         None if arguments.spacing is None else tuple(arguments.spacing),
-        tuple(arguments.label or ()),
+        tuple(dict.fromkeys(arguments.label or ())),
         arguments.instances,
     )
     pairs, failed = match([arguments.pred, arguments.target])
@@ -348,9 +348,18 @@ def _require_same_subjects(subjects: Mapping[str, set[tuple[str, str]]]) -> None
             )
 
 
+def _require_other(out: Path, inputs: Sequence[Path]) -> None:
+    if out.exists() and any(path.is_file() and out.samefile(path) for path in inputs):
+        raise FileError(f"{out}: expected an output that is not one of the inputs")
+
+
 def rank(arguments: argparse.Namespace) -> int:
     """Ranks of methods by their tables."""
     methods = _methods(arguments.tables)
+    if arguments.out is not None:
+        require_writable(arguments.out)
+        for table in arguments.tables:
+            _require_other(arguments.out, [Path(table), Path(table.partition("=")[2])])
     ranked = rank_methods(methods)
     means = ("RA", "RG", "RI")
     rows: list[dict[str, Any]] = []
@@ -360,7 +369,6 @@ def rank(arguments: argparse.Namespace) -> int:
         places = {f"rank_{name}": ranks.get(name, "") for name in RANKED}
         rows.append({"method": method, **values, **places, **{name: result[name] for name in means}})
     if arguments.out is not None:
-        require_writable(arguments.out)
         _write_table(arguments.out, tuple(rows[0]), rows)
     if arguments.json:
         _print_json({method: {"values": methods[method], **result} for method, result in ranked.items()})
@@ -388,7 +396,13 @@ def combine(paths: Sequence[Path], out: Path, edges_ml: Sequence[float] | None, 
     volumes = [read(path) for path in paths]
     require_same_grid(volumes, spacing_given=options.spacing is not None)
     values = [integers(volume) for volume in volumes]
-    classes = sorted({int(value) for array in values for value in np.unique(array)} - {0}, reverse=True)
+    held = [{int(value) for value in np.unique(array)} - {0} for array in values]
+    classes = sorted(set().union(*held), reverse=True)
+    if len(classes) == 2 and classes[0] == MOST_CLASSES and max(map(len, held)) == 1:
+        raise FileError(
+            f"{paths[0]}: expected one value of the foreground, got {classes[1]} in some files and {MOST_CLASSES} in "
+            "others; save all masks with the same"
+        )
     if len(classes) > MOST_CLASSES:
         raise FileError(f"{paths[0]}: expected classes, got {len(classes)} values: binarise instance ids first")
     first = volumes[0].data
@@ -417,6 +431,8 @@ def ensemble(arguments: argparse.Namespace) -> int:
         raise FileError(
             f"expected {len(places) - 1} numbers as --threshold-ml for {len(places)} models, got {len(edges)}"
         )
+    if edges is not None and sorted(set(edges)) != list(edges):
+        raise FileError(f"expected ascending --threshold-ml, got {' '.join(f'{edge:g}' for edge in edges)}")
     spacing = None if arguments.spacing is None else tuple(arguments.spacing)
     options = Options(connectivity=arguments.connectivity, spacing=spacing)
     groups, failed = match(places)
@@ -425,8 +441,7 @@ def ensemble(arguments: argparse.Namespace) -> int:
     made: dict[str, str] = {} if single else _record(record)
     outputs = {name: out if single else out / paths[0].relative_to(places[0]) for name, paths in groups.items()}
     for name, output in outputs.items():
-        if output.exists() and any(output.samefile(path) for path in groups[name]):
-            raise FileError(f"{output}: expected an output that is not one of the inputs")
+        _require_other(output, groups[name])
     if not single and any(out.resolve().is_relative_to(place.resolve()) for place in places):
         raise FileError(f"{out}: expected an output that is not inside of an input")
     prints = {name: fingerprint(paths, [__version__, asdict(options), edges]) for name, paths in groups.items()}
@@ -475,6 +490,9 @@ def _record(path: Path) -> dict[str, str]:
 
 def overlay(arguments: argparse.Namespace) -> int:
     """A picture of found, missed and false instances."""
+    if arguments.out.suffix.lower() != ".png":
+        raise FileError(f"{arguments.out}: expected a name that ends in .png")
+    _require_other(arguments.out, [arguments.image, arguments.pred, arguments.target])
     image = read(arguments.image, grey=True)
     volumes: list[Volume] = [read(arguments.pred), read(arguments.target)]
     require_same_grid([image, *volumes], spacing_given=arguments.spacing is not None)

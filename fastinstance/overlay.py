@@ -83,7 +83,7 @@ def _panels(picture: Painted, spacing: Sequence[float], affine: NDArray[np.float
         size[new] = spacing[old] if old < len(spacing) else 1.0
     panels = []
     for axis in (2, 1, 0):
-        if image.shape[(axis + 1) % 3] == 1 or image.shape[(axis + 2) % 3] == 1:
+        if image.shape.count(1) == 1 and image.shape[axis] > 1:
             continue  # a single slice, seen from its edge
         right, up = (other for other in range(3) if other != axis)
         grey, inside = (np.flipud(array.max(axis).T) for array in (image, layer))

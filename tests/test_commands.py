@@ -245,6 +245,8 @@ def test_another_file_is_not_overwritten(
         (["evaluate", "nowhere", "nowhere"], "nowhere: no such file or folder"),
         (["rank", "nowhere.csv"], "nowhere.csv: no such file"),
         (["ensemble", "a", "b"], "at least two masks"),
+        (["ensemble", "a", "b", "c", "d", "--threshold-ml", "2", "1"], "expected ascending --threshold-ml, got 2 1"),
+        (["overlay", "a.png", "b.png", "c.png", "--out", "d.jpg"], "d.jpg: expected a name that ends in .png"),
         (["ensemble", "a", "b", "c", "d"], "expected 2 numbers as --threshold-ml for 3 models, got 1"),
         (["overlay", "a.png", "b.png", "c.png", "--out", "d.png"], "a.png: no such file"),
     ],
@@ -341,6 +343,17 @@ def test_rank_takes_tables_of_evaluate(folders: tuple[Path, Path], capsys: pytes
     assert "expected columns among pq, dsc" in only_line(capsys.readouterr().err)
 
 
+def test_tables_of_spreadsheets_and_repeated_labels(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = folders[0].parent / "table.csv"
+    table.write_text("method,pq\na,0.5\nb,0.25\n", encoding="utf-8-sig")
+    assert run("rank", table, "--json") == 0
+    assert [result["RA"] for result in json.loads(capsys.readouterr().out).values()] == [1, 2]
+    assert run("evaluate", *folders, "--label", 1, 1, "--json", "--quiet") == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 3
+
+
 def test_ensemble_of_folders(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     small, large = folders
     out = small.parent / "out"
@@ -386,6 +399,9 @@ def test_ensemble_of_single_files_and_classes(tmp_path: Path, capsys: pytest.Cap
     ids = save(tmp_path / "ids.npy", np.arange(300).reshape(20, 15))
     assert run("ensemble", ids, ids, tmp_path / "out.npy") == 3
     assert "expected classes, got 299 values" in capsys.readouterr().err
+    one, white = (save(tmp_path / f"{n}.png", np.array([[n, 0, n, n, n, 0, 0, 0]], np.uint8)) for n in (1, 255))
+    assert run("ensemble", one, white, out, "--majority") == 3
+    assert "one value of the foreground, got 1 in some files and 255 in others" in capsys.readouterr().err
     wide = save(tmp_path / "wide.npy", np.array([[300, 0, 0, 0, 0, 0, 0, 0]]))
     assert run("ensemble", small, wide, out) == 3
     assert "uint8 cannot hold 300" in capsys.readouterr().err
@@ -430,6 +446,27 @@ def test_overlay_shows_what_there_is(kind: str, tmp_path: Path, capsys: pytest.C
     save(paths[1], pred[1:])
     assert run("overlay", *paths, "--out", out) == 1
     assert "expected one shape" in only_line(capsys.readouterr().err)
+
+
+def test_inputs_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [save(tmp_path / f"{number}.png", draw_mask(number, (9, 9))) for number in range(3)]
+    (table := tmp_path / "a.csv").write_text("method,pq\na,0.5\n")
+    before = [path.read_bytes() for path in (*paths, table)]
+    for arguments in (
+        *(("overlay", *paths, "--out", path) for path in paths),
+        ("rank", table, "--out", table),
+        ("rank", f"A={table}", "--out", table),
+    ):
+        assert run(*arguments) == 1
+        assert "an output that is not one of the inputs" in only_line(capsys.readouterr().err)
+    assert [path.read_bytes() for path in (*paths, table)] == before
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 1), (5, 1, 7)])
+def test_overlay_of_lines_and_points(shape: tuple[int, ...], tmp_path: Path) -> None:
+    mask = save(tmp_path / "mask.nii.gz", np.ones(shape, np.uint8))
+    assert run("overlay", mask, mask, mask, "--out", tmp_path / "picture.png") == 0
+    assert (tmp_path / "picture.png").exists()
 
 
 def test_errors_are_drawn_over_what_was_found() -> None:
