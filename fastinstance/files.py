@@ -145,8 +145,14 @@ def write(path: Path, data: NDArray[Any], like: Volume) -> None:
             np.save(part, data)
         elif suffix.startswith(".nii"):
             image = like.source
-            header = image.header.copy()
-            type(image)(data.reshape(image.shape), None, header).to_filename(part)
+            slope, inter = image.dataobj.slope, image.dataobj.inter
+            data = data.reshape(image.shape)
+            if (slope, inter) == (1, 0):
+                made = type(image)(data, None, image.header.copy())
+            else:  # the scale of the file; nibabel would choose another, which is not exact
+                made = type(image)(np.rint((data - inter) / slope), None, image.header.copy())
+                made.header.set_slope_inter(slope, inter)
+            made.to_filename(part)
         else:
             _write_pillow(part, data, like.source, suffix)
 

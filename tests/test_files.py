@@ -77,6 +77,18 @@ def test_the_nifti_header_survives(tmp_path: Path) -> None:
     np.testing.assert_array_equal(new.get_fdata()[..., 0], ~MASK)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_the_scale_of_a_nifti_file_survives(dtype: type, tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(MASK.astype(dtype), AFFINE)
+    image.header.set_slope_inter(3, 0)
+    nibabel.save(image, tmp_path / "a.nii")
+    volume = read(tmp_path / "a.nii")
+    assert volume.data.max() == 3
+    write(tmp_path / "b.nii", volume.data, volume)
+    np.testing.assert_array_equal(files.integers(read(tmp_path / "b.nii")), volume.data)
+    assert nibabel.load(tmp_path / "b.nii").get_data_dtype() == dtype  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_spacing_comes_from_the_header_in_millimetres(tmp_path: Path) -> None:
     spacing = read(save(tmp_path / "a.nii", MASK.astype(np.uint8))).spacing
     assert spacing == pytest.approx((0.9055, 0.9055, 3.5), abs=1e-3)
