@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .checks import check_connectivity, check_mask
+from .checks import check_connectivity, check_mask, reads_values
 from .components import components_at, foreground
 from .metrics import least_pixels, voxel_volume
 
@@ -40,7 +40,8 @@ def volume_ensemble(
         A mask of 0 and 1 with the shape and dtype of `small`.
 
     Raises:
-        ValueError: shapes or devices that differ, a threshold or spacing that is not above 0.
+        ValueError: shapes or devices that differ, a threshold or spacing that is not above 0; on the CPU values between
+            0 and 1.
         TypeError: masks that are no tensors or complex.
     """
     return band_ensemble([small, large], [threshold_ml], spacing=spacing, connectivity=connectivity)
@@ -91,7 +92,7 @@ def majority_vote(masks: Sequence[Tensor] | Tensor) -> Tensor:
         A mask of 0 and 1 with the shape and dtype of the first.
 
     Raises:
-        ValueError: no mask, shapes or devices that differ.
+        ValueError: no mask, shapes or devices that differ; on the CPU values between 0 and 1.
         TypeError: masks that are no tensors or complex.
     """
     masks = list(masks)
@@ -103,8 +104,12 @@ def majority_vote(masks: Sequence[Tensor] | Tensor) -> Tensor:
 
 
 def _inside(mask: Tensor) -> Tensor:
-    inside = mask.detach().as_subclass(Tensor).bool()
-    return inside & ~mask.isnan() if mask.is_floating_point() else inside
+    mask = mask.detach().as_subclass(Tensor)
+    if not mask.is_floating_point():
+        return mask.bool()
+    if reads_values(mask) and ((mask > 0) & (mask < 1)).any():
+        raise ValueError("expected masks without values between 0 and 1; use mask >= 0.5 for probabilities")
+    return mask.bool() & ~mask.isnan()
 
 
 def _check_masks(masks: Sequence[Tensor]) -> None:

@@ -86,6 +86,8 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     (lambda: band_ensemble([M, M, M], [0.2, 0.1], spacing=1), ValueError, "ascending"),
     (lambda: majority_vote([]), ValueError, "at least one mask"),
     (lambda: majority_vote([M, M[..., :2]]), ValueError, "one shape"),
+    (lambda: majority_vote([M * 0.3]), ValueError, "mask >= 0.5 for probabilities"),
+    (lambda: volume_ensemble(M, M * 0.3, spacing=1), ValueError, "mask >= 0.5 for probabilities"),
     (lambda: majority_vote([M.to(torch.complex64)]), TypeError, "real dtype"),
 ]
 
