@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import masked
 from . import terms as tm
 from .boxes import nearest_of_all
-from .checks import check_choice, check_size, check_threshold
+from .checks import MAX_ID, check_choice, check_size, check_threshold
 from .criteria import Criterion, Recognised, advise, recognise, resolve
 from .functional import Scene, Settings, instance_table, table_rows
 from .ops import DenseSums, InstanceSums, instance_sums
@@ -181,11 +181,12 @@ class _AuthorsLoss(nn.Module):
             return
         if ids.shape != shape:
             raise ValueError(f"expected cc_label_batch like labels, {shape}, got {tuple(ids.shape)}")
-        if ids.dtype in _HALVES or ids.dtype == torch.bool:
+        if ids.dtype in _HALVES or ids.dtype == torch.bool or ids.is_complex():
             raise TypeError(
                 f"expected cc_label_batch of an integer dtype, float32 or float64, got {ids.dtype}, which cannot tell "
                 "many instances apart"
             )
+        ids = ids if ids.is_floating_point() else ids.long()
         differs = (ids > 0) != (labels > 0)
         if differs.any():
             raise ValueError(
@@ -623,6 +624,8 @@ def _check_blobs(outputs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
             f"expected network_outputs [B,C,H,W] or [B,C,D,H,W] of a floating dtype, got {tuple(outputs.shape)} of "
             f"{outputs.dtype}"
         )
+    if outputs.numel() == 0:
+        raise ValueError(f"expected network_outputs with at least one pixel, got {tuple(outputs.shape)}")
     batch, channels, *size = outputs.shape
     if ids.shape not in {(batch, 1, *size), (batch, channels, *size)}:
         raise ValueError(
@@ -632,7 +635,9 @@ def _check_blobs(outputs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     if ids.dtype in _HALVES:
         raise TypeError(f"expected multi_label of an integer dtype, float32 or float64, got {ids.dtype}")
     whole = ids.long()
-    if (whole < 0).any() or (ids.is_floating_point() and (whole != ids).any()):
-        raise ValueError("expected multi_label to hold whole numbers >= 0, the instances; 0 is background")
+    if (whole < 0).any() or (whole > MAX_ID).any() or (ids.is_floating_point() and (whole != ids).any()):
+        raise ValueError(
+            f"expected multi_label to hold whole numbers from 0 to {MAX_ID}, the instances; 0 is background"
+        )
     wide = outputs.float() if outputs.dtype in _HALVES else outputs
     return wide, whole.flatten(1, 2)

@@ -69,8 +69,9 @@ def _call(criterion: Criterion, P: Tensor, G: Tensor) -> Tensor:
     except Exception as error:
         raise RuntimeError(
             f"expected {criterion.argument}={criterion.name} to work on P and G {shape} under torch.func.vmap, got "
-            f"{type(error).__name__}: {error}. Write it without .item(), branches on values, boolean indexing and "
-            "in-place changes, or take a separable loss; fastinstance.reference calls it instance by instance, slowly"
+            f"{type(error).__name__}: {error}. Write it without .item(), branches on values, boolean indexing, random "
+            "numbers and in-place changes, or take a separable loss; fastinstance.reference calls it instance by "
+            "instance, slowly"
         ) from error
 
 

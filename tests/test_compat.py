@@ -460,7 +460,9 @@ BAD_BLOBS: dict[str, tuple[tuple[Any, Any], type[Exception], list[str]]] = {
     "labels in half precision": ((Y, Y.half()), TypeError, ["multi_label", "float16"]),
     "labels with fractions": ((Y, Y * 0.5), ValueError, ["multi_label", "whole numbers"]),
     "labels elsewhere": ((Y, Y.to("meta")), ValueError, ["multi_label", "device of the outputs, cpu", "meta"]),
-    "labels below 0": ((Y, -Y), ValueError, ["multi_label", ">= 0"]),
+    "labels below 0": ((Y, -Y), ValueError, ["multi_label", "from 0 to"]),
+    "labels that do not fit 31 bits": ((Y, Y.long() << 40), ValueError, ["multi_label", "from 0 to 2147483647"]),
+    "no image": ((Y[:0], Y[:0]), ValueError, ["at least one pixel", "(0, 1, 24, 40)"]),
     "labels are None": ((Y, None), TypeError, ["multi_label", "NoneType"]),
 }
 

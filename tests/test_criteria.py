@@ -236,6 +236,11 @@ BAD: dict[str, tuple[Callable[..., Any], type[Exception], list[str]]] = {
     "reduction none": (nn.BCELoss(reduction="none"), ValueError, ["=BCELoss", "to return a scalar"]),
     "a branch on values": (branches, RuntimeError, ["=branches", "torch.func.vmap", "branches on values", "separable"]),
     "boolean indexing": (lambda P, G: P[G > 0].sum(), RuntimeError, ["torch.func.vmap", "boolean indexing"]),
+    "random numbers": (
+        lambda P, G: nn.functional.dropout(P).mean(),
+        RuntimeError,
+        ["torch.func.vmap", "random numbers"],
+    ),
     "its own mistake": (lambda P, G: P @ G, RuntimeError, ["torch.func.vmap", "Expected size", "reference"]),
 }
 
