@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "CONNECTIVITIES",
+    "MAX_ID",
     "check_activation",
     "check_choice",
     "check_connectivity",
@@ -35,6 +36,8 @@ __all__ = [
 CONNECTIVITIES = {2: (4, 8), 3: (6, 18, 26)}  # by number of axes; the last one is full connectivity, the default
 MAX_ID = 2**31 - 1
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch computes little with these
 
 _PIECE = 1 << 17
 
@@ -181,7 +184,7 @@ def check_mask_values(name: str, mask: Tensor, labels: Tensor | None) -> None:
 
 
 def _check_id_range(name: str, labels: Tensor) -> None:
-    low, high = (bound.item() for bound in labels.aminmax())
+    low, high = (bound.item() for bound in _comparable(labels).aminmax())
     if low < 0 or high > MAX_ID:
         raise ValueError(
             f"expected {name} between 0 and {MAX_ID}, got values from {low} to {high}; "
@@ -237,11 +240,15 @@ def check_images(
             )
 
 
+def _comparable(tensor: Tensor) -> Tensor:
+    return tensor.long() if tensor.dtype in _WIDE_UNSIGNED else tensor
+
+
 def _not_binary(tensor: Tensor) -> bool:
     if tensor.dtype == torch.bool:
         return False
     if not tensor.is_floating_point():
-        low, high = tensor.aminmax()
+        low, high = _comparable(tensor).aminmax()
         return bool((low < 0) | (high > 1))
     for piece in tensor.reshape(-1).split(_PIECE):  # the temporaries stay in cache
         low, high = torch.addcmul(piece, piece, piece, value=-1).aminmax()  # x - x² is 0 for 0 and 1 only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ class _Masks(NamedTuple):
 def check_matching(matching: str, threshold: float, min_size: int) -> None:
     """The settings of `match_instances` that do not depend on the images."""
     check_choice("matching", matching, MATCHINGS)
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < 1:
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold < 1:
         raise ValueError(f"expected threshold in [0, 1), got {threshold!r}")
     check_size("min_size", min_size)
 

@@ -152,7 +152,7 @@ def _side(label: Tensor, per_plane: Tensor) -> Side:
 
 def _given(labels: Tensor, pixels: Tensor, plane: Tensor) -> tuple[Tensor, Tensor]:
     """Dense labels of the listed pixels and instances per plane, from given ids [planes, P]."""
-    ids = labels.reshape(-1).index_select(0, pixels)
+    ids = labels.reshape(-1)[pixels]  # index_select knows no wide unsigned integers
     distinct, position = _unique((plane << 32) + ids.long())
     real = (distinct & 0xFFFFFFFF) > 0
     per_plane = torch.bincount((distinct >> 32)[real], minlength=len(labels))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 
 __all__ = ["RANKED", "rank_methods"]
 
@@ -39,13 +40,14 @@ def rank_methods(
         if unknown:
             raise ValueError(f"expected metrics among {', '.join(RANKED)}, got {', '.join(unknown)} of {method!r}")
         for name, value in metrics.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
+            number = isinstance(value, Real) and not isinstance(value, bool)
             if value is not None and (not number or math.isinf(value)):
                 raise ValueError(f"expected {name} of {method!r} to be a finite number, got {value!r}")
     ranks: dict[str, dict[str, float]] = {method: {} for method in methods}
     for name, sign in RANKED.items():
         given = {method: metrics.get(name) for method, metrics in methods.items()}
-        cost = {m: -sign * v if sign else abs(v) for m, v in given.items() if v is not None and not math.isnan(v)}
+        values = {method: float(v) for method, v in given.items() if v is not None and not math.isnan(v)}
+        cost = {method: -sign * v if sign else abs(v) for method, v in values.items()}
         for method, value in cost.items():
             better = sum(other < value for other in cost.values())
             equal = sum(other == value for other in cost.values())

@@ -297,7 +297,7 @@ def test_every_dtype_and_layout() -> None:
     target = pattern("comb", (6, 7)).expand(2, 2, 6, 7)
     pred = pattern("stripes", (6, 7)).expand(2, 2, 6, 7)
     expected = instance_metrics(pred, target)
-    for dtype in (torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64):
+    for dtype in (torch.uint8, torch.uint16, torch.uint64, torch.int64, torch.float16, torch.bfloat16, torch.float64):
         assert_close(instance_metrics(pred.to(dtype), target.to(dtype)), expected)
     assert_close(instance_metrics(pred.transpose(2, 3), target.transpose(2, 3)), expected)
 
@@ -360,8 +360,9 @@ def test_errors_say_what_is_wrong(case: str) -> None:
 
 def test_labels_may_be_of_any_size() -> None:
     ids = torch.tensor([[2**31 - 1, 0, 7, 7, 0, 3]])[None, None]
-    found = values(ids > 0, ids > 0, target_labels=ids, pred_labels=ids.int(), matching="iou")
-    assert (found["n_target"], found["pq"]) == (3, 1)
+    for dtype in (torch.int32, torch.uint32, torch.uint64):
+        found = values(ids > 0, ids > 0, target_labels=ids, pred_labels=ids.to(dtype), matching="iou")
+        assert (found["n_target"], found["pq"]) == (3, 1)
 
 
 def _lines_executed(instances: int) -> int:

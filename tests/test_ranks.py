@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from fastinstance import rank_methods
@@ -64,6 +65,11 @@ def test_missing_metrics_are_left_out():
 def test_errors(methods, words):
     with pytest.raises(ValueError, match=words):
         rank_methods(methods)
+
+
+def test_numbers_of_numpy():
+    found = rank_methods({"a": {"pq": np.float32(0.5)}, "b": {"pq": 0.25}})
+    assert [type(found[name]["ranks"]["pq"]) for name in "ab"] == [float, float]
 
 
 def test_every_metric_has_a_direction():
