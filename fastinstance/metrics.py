@@ -98,7 +98,9 @@ def plane_metrics(matches: Matches, *, voxel_ml: float = 1e-3, zero_division: fl
     return {
         "dsc": ratio(2 * per_plane(of_pair, matches.shared), true + predicted),
         "vol_diff_ml": (predicted - true).double() * voxel_ml,
-        "vol_diff_percent": ratio(100 * (predicted - true), true, none_wrong),
+        "vol_diff_percent": torch.where(
+            (true == 0) & (predicted > 0), math.nan, ratio(100 * (predicted - true), true, none_wrong)
+        ),
         "sen": sen,
         "fnr": ratio(n_target - found, n_target, none_wrong),
         "ppv": ppv,
@@ -164,7 +166,7 @@ def instance_metrics(
 
         dsc               Dice coefficient of all pixels of instances (Eq. 1)
         vol_diff_ml       predicted minus true volume in mL
-        vol_diff_percent  the same in per cent of the true volume
+        vol_diff_percent  the same in per cent of the true volume; NaN where something is predicted and nothing is true
         sen, fnr          found / N, and (N - found) / N
         ppv, fdr          hit / M, and (M - hit) / M
         f1                harmonic mean of ppv and sen

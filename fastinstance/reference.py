@@ -871,7 +871,7 @@ def plane_metrics(
     return {
         "dsc": dice_coefficient(t > 0, q > 0) if true + predicted else zero_division,
         "vol_diff_ml": (predicted - true) * voxel_ml,
-        "vol_diff_percent": 100 * (predicted - true) / true if true else error,
+        "vol_diff_percent": 100 * (predicted - true) / true if true else math.nan if predicted else error,
         "sen": sen,
         "fnr": (N - found) / N if N else error,
         "ppv": ppv,

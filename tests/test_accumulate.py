@@ -51,8 +51,9 @@ def test_mean_and_spread_over_subjects(new: Any) -> None:
     each = instance_metrics(pred, target, spacing=(2, 3))
     assert result["n_subjects"] == 7
     for name in METRICS:
-        assert_close(result[name], each[name].double().mean(0))
-        assert_close(result[f"{name}_std"], each[name].double().std(0))
+        counted = [column[~column.isnan()].double() for column in each[name].unbind(1)]
+        assert_close(result[name], torch.stack([column.mean() for column in counted]))
+        assert_close(result[f"{name}_std"], torch.stack([column.std() for column in counted]))
         assert ((result[f"{name}_low"] <= result[name]) & (result[name] <= result[f"{name}_high"])).all()
     metric.reset()
     metric.update(pred[:1], target[:1])
