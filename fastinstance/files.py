@@ -142,7 +142,8 @@ def write(path: Path, data: NDArray[Any], like: Volume) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         if suffix == ".npy":
-            np.save(part, data)
+            with part.open("wb") as file:  # to a name, it would add a suffix to .NPY
+                np.save(file, data)
         elif suffix.startswith(".nii"):
             image = like.source
             slope, inter = image.dataobj.slope, image.dataobj.inter

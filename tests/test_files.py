@@ -246,3 +246,12 @@ def test_probabilities_are_not_a_mask() -> None:
         with pytest.raises(FileError, match="expected a mask of integers"):
             files.integers(Volume(Path("a.npy"), np.array(values)))
     assert files.integers(Volume(Path("a.npy"), np.array([[0.0, 2.0]]))).tolist() == [[0, 2]]
+
+
+def test_upper_case_suffixes(tmp_path: Path) -> None:
+    with (tmp_path / "a.NPY").open("wb") as file:
+        np.save(file, MASK)
+    volume = read(tmp_path / "a.NPY")
+    write(tmp_path / "new" / "b.NPY", volume.data, volume)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["b.NPY"]
+    np.testing.assert_array_equal(read(tmp_path / "new" / "b.NPY").data, MASK)
