@@ -352,7 +352,7 @@ def test_what_is_recognised_is_the_loss_itself(name: str, sigmoid: bool) -> None
         nn.BCELoss(),
         spelt_out_dice,
     ],
-    ids=str,
+    ids=lambda loss: getattr(loss, "__name__", None) or str(loss),
 )
 def test_other_settings_are_not_mistaken_for_it(criterion: Any) -> None:
     assert criteria.recognise(criterion) is None
