@@ -16,7 +16,7 @@ from . import terms as tm
 from .components import foreground
 from .criteria import resolve
 from .functional import Scene, Settings, table_rows
-from .losses import ImageOptions, _Loss
+from .losses import BaseLoss, ImageOptions
 from .ops import DenseSums, InstanceSums, Segments, instance_sums
 from .partition import Side
 from .pixel import Pointwise, SeparableLoss, Sums, check_not_negative
@@ -34,7 +34,7 @@ class CCOptions(ImageOptions, total=False):
     spacing: float | Sequence[float] | None
 
 
-class CCLoss(_Loss):
+class CCLoss(BaseLoss):
     """A pixel loss of every component alone in its surroundings: CC-Metrics as a loss (CC-DiceCE).
 
     Every pixel belongs to the region R_n of its nearest ground-truth component n (`fastinstance.voronoi`), and the loss
@@ -162,7 +162,7 @@ class AveragedOptions(ComponentOptions, total=False):
     average: str
 
 
-class _ComponentLoss(_Loss):
+class _ComponentLoss(BaseLoss):
     """A loss of the components of a plane. CUDA tensors take the torch path, which waits for the device."""
 
     def forward(

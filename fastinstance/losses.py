@@ -85,7 +85,7 @@ def _check_weights(weights: Mapping[str, float]) -> None:
         raise ValueError(f"expected at least one weight other than 0, got {dict(weights)}")
 
 
-class _Loss(nn.Module):
+class BaseLoss(nn.Module):
     settings: Settings
 
     def extra_repr(self) -> str:
@@ -93,7 +93,7 @@ class _Loss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.changed.items())
 
 
-class _PixelLoss(_Loss):
+class _PixelLoss(BaseLoss):
     """A pixel loss as a module; also accepted as `pixel_loss=`, `instance_loss=` and `center_loss=`."""
 
     def __init__(self, separable: SeparableLoss, options: ImageOptions) -> None:
@@ -208,7 +208,7 @@ class InverseWeightedDiceLoss(_PixelLoss):
         super().__init__(InverseWeightedDice(smooth_nr, smooth_dr), options)
 
 
-class InstanceLoss(_Loss):
+class InstanceLoss(BaseLoss):
     """Weighted sum of the pixel term and the instance terms (Eq. 11); a term of weight 0 is not computed.
 
     The weights are α, β, γ, λ, σ, ω, δ of the paper in this order. Settings are those of `functional.instance_terms`.
@@ -324,7 +324,7 @@ class ProximityLoss(InstanceLoss):
         super().__init__(seg=seg, proximity=proximity, **options)
 
 
-class BlobLoss(_Loss):
+class BlobLoss(BaseLoss):
     """Blob loss (Kofler et al. 2023): `pixel_weight`·ℓ + `blob_weight`·(mean ℓ over ground-truth instances).
 
     `instance_loss=None` takes `pixel_loss` for the instances too. Settings are those of `functional.blob_terms`.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import fastinstance
 from fastinstance import compat, functional, masked, reference
 from fastinstance.testing import FLOATS, PATTERNS, Scene, assert_close, pattern, scenes
 from tests.criteria_cases import CRITERIA, OPTIONS, lovasz
+from tests.lines import lines_executed
 
 EXAMPLES = settings().max_examples
 pytestmark = pytest.mark.filterwarnings("ignore:.*is called on a masked image:UserWarning")
@@ -558,30 +558,20 @@ def test_pixel_losses_of_the_library_with_a_sigmoid_see_masked_logits() -> None:
 
 
 def test_no_python_iteration_over_instances() -> None:
-    def lines_executed(instances: int) -> int:
-        lines = 0
-
-        def trace(frame: Any, event: str, _: Any) -> Any:
-            nonlocal lines
-            if "fastinstance" not in frame.f_code.co_filename:
-                return None
-            lines += event == "line"
-            return trace
-
+    def count(instances: int) -> int:
         y = specks(instances)
         ids, _ = fastinstance.label(y)
-        sys.settrace(trace)
-        try:
+
+        def step() -> None:
             for criterion in (DICE, CRITERIA["dicefocal"], lovasz):
                 loss = compat.InstanceLoss(criterion, criterion, criterion, activation="none", spatial_dims=2)
                 loss(y * 0.8, y)
                 compat.compute_blob_loss_multi(criterion, y, ids)
-        finally:
-            sys.settrace(None)
-        return lines
 
-    lines_executed(2)  # whatever happens only once
-    assert lines_executed(3) == lines_executed(12)
+        return lines_executed(step)
+
+    count(2)  # whatever happens only once
+    assert count(3) == count(12)
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import fastinstance
 from fastinstance import instance_metrics, matching, metrics, reference
 from fastinstance.matching import MATCHINGS, match_instances
 from fastinstance.testing import Scene, assert_close, pattern, scenes
+from tests.lines import lines_executed
 
 EXAMPLES = settings().max_examples
 COUNTS = ("n_target", "n_pred", "n_missed", "n_false")
@@ -365,33 +366,17 @@ def test_labels_may_be_of_any_size() -> None:
         assert (found["n_target"], found["pq"]) == (3, 1)
 
 
-def _lines_executed(instances: int) -> int:
-    import sys
-
+def _judge(instances: int) -> None:
     target = torch.zeros(1, 1, 40, 40, dtype=torch.bool)
     target.view(-1)[torch.arange(instances) * 80] = True
-    lines = 0
-
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        nonlocal lines
-        if "fastinstance" not in frame.f_code.co_filename:
-            return None
-        lines += event == "line"
-        return trace
-
-    sys.settrace(trace)
-    try:
-        matches = match_instances(target, target)
-        metrics.plane_metrics(matches)
-        metrics.volume_sums(matches, (0.01,), 1e-3)
-        fastinstance.volume_ensemble(target, target, spacing=None)
-    finally:
-        sys.settrace(None)
-    return lines
+    matches = match_instances(target, target)
+    metrics.plane_metrics(matches)
+    metrics.volume_sums(matches, (0.01,), 1e-3)
+    fastinstance.volume_ensemble(target, target, spacing=None)
 
 
 def test_no_python_iteration_over_instances() -> None:
-    assert _lines_executed(3) == _lines_executed(19)
+    assert lines_executed(lambda: _judge(3)) == lines_executed(lambda: _judge(19))
 
 
 @settings(max_examples=max(1, EXAMPLES // 2))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastinstance
+from tests.lines import lines_executed
 
 ROOT = Path(__file__).parent.parent
 # A module may import from the layers above its own in this list (and from its own).
@@ -94,31 +95,17 @@ def test_the_public_names_exist():
     assert all(hasattr(fastinstance, name) for name in fastinstance.__all__)
 
 
-def _lines_executed(instances: int) -> int:
-    """Lines of the package that one forward pass executes for a number of instances on either side."""
+def _step(instances: int) -> None:
+    """A forward pass of so many instances on either side."""
     target = torch.zeros(2, 1, 40, 40)
     target[0, 0].view(-1)[torch.arange(instances) * 80] = 1  # every second row, one pixel each, 40 columns apart
     target[1] = target[0]
-    lines = 0
-
-    def trace(frame, event, _):
-        nonlocal lines
-        if "fastinstance" not in frame.f_code.co_filename:
-            return None
-        lines += event == "line"
-        return trace
-
-    sys.settrace(trace)
-    try:
-        fastinstance.functional.instance_terms(target * 8 - 4, target, sigmoid=True, pixel_loss="inverse_weighted_dice")
-        fastinstance.functional.blob_terms(target * 8 - 4, target, sigmoid=True)
-    finally:
-        sys.settrace(None)
-    return lines
+    fastinstance.functional.instance_terms(target * 8 - 4, target, sigmoid=True, pixel_loss="inverse_weighted_dice")
+    fastinstance.functional.blob_terms(target * 8 - 4, target, sigmoid=True)
 
 
 def test_no_python_iteration_over_instances():
-    assert _lines_executed(3) == _lines_executed(19)
+    assert lines_executed(lambda: _step(3)) == lines_executed(lambda: _step(19))
 
 
 @pytest.fixture(scope="module")
