@@ -57,6 +57,9 @@ SMALL = {
 }
 
 
+VOLUMES = ("2×128³, blobs", "volume")
+
+
 def _per_plane(label: Callable[[Tensor], object]) -> Run:
     return Run(lambda inputs: lambda: [label(plane) for plane in inputs.mask[:, 0]])
 
@@ -131,7 +134,7 @@ def cases(setting: Setting) -> list[Case]:
             {"ours": Run(step, graph=True)},
             _gate,
             _facts,
-            _peers(setting.device, make(0).ndim - 2),
+            _peers(setting.device, 3 if name in VOLUMES else 2),
             lambda inputs: 5 * inputs.mask.numel(),  # 1 byte read and 4 written
             base="ours",
         )

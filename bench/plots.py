@@ -65,7 +65,9 @@ def _scaling(suite: dict[str, Any]) -> Any:
             plot.plot(x, [start * value / x[0] for value in x], ":", color="grey", linewidth=1, label="proportional")
             plot.set_ylim(bottom=start / 3)
         plot.set(xscale="log", yscale="log", xlabel=label, ylabel="ms a step", title=f"time against {series}")
-    axes[0].legend(fontsize=7)
+    drawn = [plot for plot in axes if plot.lines]
+    if drawn:
+        drawn[0].legend(fontsize=7)
     figure.suptitle(_device(suite))
     return figure
 

@@ -69,7 +69,7 @@ def table(suite: dict[str, Any]) -> str:
     counted = [key for key in dict.fromkeys(key for row in rows for key in row) if key in ("N", "M", "components")]
     noted = list(dict.fromkeys(key for row in rows for key in row["notes"] if key != "series"))
     extra = {
-        "of copy": lambda row: _of_copy(row, suite["copy_bytes_per_second"]),
+        "of copy": lambda row: _of_copy(row, suite.get("copy_bytes_per_second", 0)),
         "launches": lambda row: sum(kernel["launches"] for kernel in row["kernels"].get("ours", ())) or "",
         "waits": lambda row: sum(row["synchronisations"].get("ours", {}).values()) or "",
         "B/px": lambda row: _bytes(row, "ours"),
