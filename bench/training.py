@@ -72,7 +72,7 @@ def cases(setting: Setting) -> list[Case]:
     if setting.small:
         shapes = [(2, 32, 32)]
     elif setting.device == "cpu":
-        shapes = [(4, 128, 128), (1, 64, 64, 64)]
+        shapes = [(4, 96, 96), (1, 32, 32, 32)]
     else:
         shapes = [(48, 256, 256), (2, 96, 96, 96)]
     modes = ["eager", "autocast", *([] if setting.small else ["compiled"])]
