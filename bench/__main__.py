@@ -11,6 +11,7 @@ import torch
 from . import results
 from .case import Setting
 from .registry import SUITES, suites_for
+from .timing import CLOCKS
 
 ROOT = results.ROOT
 
@@ -26,6 +27,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--seconds", type=float, help="of samples a case, after the fifth (default 20, on a GPU 8)")
     common.add_argument("--slow-seconds", type=float, default=20, help="of a slow peer's step (default 20)")
     common.add_argument("--case-seconds", type=float, default=300, help="of a case (default 300)")
+    common.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: processor time, where others use the machine too"
+    )
     common.add_argument("--deadline", type=float, default=3600, help="seconds after which no case begins")
     common.add_argument(
         "--peer", action="append", default=[], metavar="NAME=PATH", help="authors' code: instance-loss or blob_loss"
@@ -77,7 +81,9 @@ def _measure(options: argparse.Namespace) -> None:
             suite = runner.run(
                 name,
                 Setting(device, options.small, peers),
-                runner.Limits(repeats, seconds, options.slow_seconds, options.case_seconds, options.deadline),
+                runner.Limits(
+                    repeats, seconds, options.slow_seconds, options.case_seconds, options.deadline, options.clock
+                ),
                 only=options.only,
                 memory=not options.small,
                 trace=options.trace,

@@ -164,6 +164,7 @@ def _machine(suite: dict[str, Any]) -> str:
     device, processor = known.pop("device"), known.pop("processor")
     name = processor if device == "cpu" else f"{device} ({processor})"
     text = f"{name}, " + ", ".join(f"{key} {value}" for key, value in known.items())
+    text += "; processor time of all threads" * (suite.get("clock") == "cpu")
     return text + f"; copies {suite['copy_bytes_per_second'] / 1e9:.0f} GB/s" * ("copy_bytes_per_second" in suite)
 
 

@@ -120,7 +120,7 @@ def _case(name: str, **changes) -> Case:
     return Case(name, **{**values, **changes})
 
 
-def _run(monkeypatch: pytest.MonkeyPatch, *cases: Case, **limits: float) -> dict:
+def _run(monkeypatch: pytest.MonkeyPatch, *cases: Case, **limits) -> dict:
     monkeypatch.setattr(registry, "cases", lambda suite, setting: list(cases))
     return runner.run("cpu", SMALL, runner.Limits(1, 1, **limits), memory=False)
 
@@ -172,6 +172,12 @@ def test_a_slow_peer_gets_as_many_planes_as_its_time_allows(monkeypatch: pytest.
     assert report.goals(result) == []  # a part of the batch proves no ratio
     whole = _run(monkeypatch, case, slow_seconds=1)
     assert whole["rows"][0]["milliseconds"]["peer"]["planes"] == 6
+
+
+def test_processor_time_does_not_count_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _case("asleep", ours={"ours": Run(lambda scene: lambda: time.sleep(0.05))})
+    wall, cpu = (_run(monkeypatch, case, clock=clock)["rows"][0]["milliseconds"]["ours"] for clock in ("wall", "cpu"))
+    assert cpu["median"] < 25 < wall["median"]
 
 
 def test_memory_is_what_a_step_takes_beside_its_result() -> None:
