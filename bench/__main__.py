@@ -14,6 +14,7 @@ from .registry import SUITES, suites_for
 from .timing import CLOCKS
 
 ROOT = results.ROOT
+PEERS = ("instance-loss", "blob_loss", "panoptica")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,7 +33,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     common.add_argument("--deadline", type=float, default=3600, help="seconds after which no case begins")
     common.add_argument(
-        "--peer", action="append", default=[], metavar="NAME=PATH", help="authors' code: instance-loss or blob_loss"
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a clone of the authors' instance-loss or blob_loss, or an interpreter that has panoptica",
     )
     common.add_argument("--trace", type=Path, help="a folder for profiler traces, on a GPU")
     common.add_argument(
@@ -64,8 +69,8 @@ def _measure(options: argparse.Namespace) -> None:
     if options.command == "all":
         names = [*suites_for("cuda" if torch.cuda.is_available() else "cpu"), "aot"]
     peers = dict(peer.split("=", 1) for peer in options.peer)
-    if unknown := peers.keys() - {"instance-loss", "blob_loss"}:
-        raise ValueError(f"expected --peer instance-loss=PATH or blob_loss=PATH, got {sorted(unknown)}")
+    if unknown := peers.keys() - set(PEERS):
+        raise ValueError(f"expected --peer NAME=PATH with a name of {PEERS}, got {sorted(unknown)}")
     if options.trace is not None:
         options.trace.mkdir(parents=True, exist_ok=True)
     for name in names:

@@ -356,7 +356,13 @@ def run(targets: Iterable[str] | None = None) -> Row:
     found = []
     for one in rows(targets=targets or TARGETS):
         notes = {key: round(value, 1) if isinstance(value, float) else value for key, value in one.items()}
-        row = {"case": f"{notes.pop('kernel')}, {notes['target']}", "ours": [], "base": None, "share": False}
+        row = {
+            "case": f"{notes.pop('kernel')}, {notes['target']}",
+            "ours": [],
+            "base": None,
+            "share": False,
+            "each": False,
+        }
         row |= {key: {} for key in ("milliseconds", "peak_bytes", "errors", "kernels", "synchronisations")}
         found.append({**row, "notes": {k: v for k, v in notes.items() if v is not None}, "goals": []})
     return {"machine": machine("cpu"), "rows": found}

@@ -21,7 +21,7 @@ class Setting:
     Args:
         device: "cpu" or "cuda".
         small: tiny inputs, to see that everything runs.
-        peers: name -> path of a clone, for the authors' implementations.
+        peers: name -> path of a clone or an interpreter, for implementations that are not installed here.
     """
 
     device: str = "cpu"
@@ -38,12 +38,14 @@ class Run:
         slow: timed once, on as many planes as its time budget allows.
         graph: on a GPU also captured and timed as a CUDA graph.
         repeatable: steps on the same inputs give the same result; it returns tensors.
+        elsewhere: another process does the work, so that only wall time means anything.
     """
 
     prepare: Callable[[Inputs], Step]
     slow: bool = False
     graph: bool = False
     repeatable: bool = True
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Case:
         floor: inputs -> bytes that any implementation has to read and write; None where that means nothing.
         base: the run that ratios are to.
         share: the figures are shares of the time beyond the base, not ratios to it.
+        each: times are of a plane, the mean over all of them; the planes have nothing to do with each other.
         sets: input sets that a sample goes over on a GPU, so that they are not in its cache.
         notes: figures that others published, by column.
         details: on a GPU also kernels and host synchronisations.
@@ -97,6 +100,7 @@ class Case:
     floor: Callable[[Inputs], int] | None = None
     base: str | None = None
     share: bool = False
+    each: bool = False
     goals: tuple[Goal, ...] = ()
     sets: int = 3
     notes: Mapping[str, str] = field(default_factory=dict)

@@ -40,12 +40,13 @@ def _cell(row: Row, name: str) -> str:
         error = row["errors"].get(name, "")
         return "not installed" if error.startswith("left out") else "—" if error else ""
     part = "planes" in time and time["planes"] < row["planes"]
-    text = ("> " if part else "") + _number(time["median"])
+    bound = "> " if part and not row["each"] else ""
+    text = bound + _number(time["median"])
     base = _base(row, name)
     if base is not None and row["share"]:
         text += f" ({1 - base['median'] / time['median']:.0%})"
     elif base is not None:
-        text += f" ({'> ' if part else ''}×{_number(time['median'] / base['median'])})"
+        text += f" ({bound}×{_number(time['median'] / base['median'])})"
     return text + (f", {time['planes']} of {row['planes']} planes" if part else "")
 
 
@@ -142,7 +143,7 @@ def goals(suite: dict[str, Any]) -> list[tuple[str, str, float, float, bool]]:
             if goal["memory"]:
                 value = row[key][run] / row["pixels"]
             else:
-                if any(side[key][name].get("planes", row["planes"]) < row["planes"] for side, name in ((row, run),)):
+                if not row["each"] and row[key][run].get("planes", row["planes"]) < row["planes"]:
                     continue  # a part of the batch
                 value = row[key][run]["median"] / other[key][over]["median"]
             reached = value >= goal["bound"] if goal["least"] else value <= goal["bound"]

@@ -139,8 +139,10 @@ def _replays(steps: list[Step], run: Run, pool: Any) -> list[Step]:
     return replays
 
 
-def _slow(run: Run, inputs: Inputs, device: str, limits: Limits) -> Row:
+def _slow(run: Run, inputs: Inputs, device: str, limits: Limits, *, each: bool) -> Row:
     """One step, on as many planes as the time is likely to allow, judged by the first."""
+    if run.elsewhere and limits.clock == "cpu":
+        raise ValueError("another process does the work, only its wall time can be taken")
     planes = len(inputs[0])
     step = run.prepare(first(inputs, 1))
     with _limited(2 * limits.slow_seconds):
@@ -150,6 +152,7 @@ def _slow(run: Run, inputs: Inputs, device: str, limits: Limits) -> Row:
         fit = min(planes, max(1, int(limits.slow_seconds / (time.monotonic() - start))))
         if fit > 1:
             value = elapsed([run.prepare(first(inputs, fit))], device, limits.clock)
+    value /= fit if each else 1
     return {**_rounded(Time(value, value, value, 1)), "planes": fit}
 
 
@@ -198,10 +201,12 @@ def measure(case: Case, row: Row, device: str, limits: Limits, trace: Path | Non
                     raise RuntimeError(f"not captured, {waits.total()} synchronisations")
                 steps[f"{name}, graph"] = _replays(steps[name], competitor, pool)
     measured = rounds(steps, device=device, repeats=limits.repeats, seconds=limits.seconds, clock=limits.clock)
-    row["milliseconds"] = {name: _rounded(value) for name, value in measured.items()}
+    planes = row["planes"] if case.each else 1
+    for name, (*values, samples) in measured.items():
+        row["milliseconds"][name] = _rounded(Time(*(value / planes for value in values), samples))
     for name, competitor in slow.items():
         with _recorded(errors, name):
-            row["milliseconds"][name] = _slow(competitor, sets[0], device, limits)
+            row["milliseconds"][name] = _slow(competitor, sets[0], device, limits, each=case.each)
 
 
 def _peaks(suite: str, name: str, setting: Setting, threads: int) -> dict[str, int]:
@@ -255,9 +260,14 @@ def run(
         todo = [case for case in registry.cases(suite, setting) if only in case.name]
         while todo:
             case = todo.pop(0)  # what it made goes with it
-            row: Row = {"case": case.name, "ours": list(case.ours), "base": case.base, "share": case.share}
+            row: Row = {"case": case.name, "ours": list(case.ours), "base": case.base}
             row |= {key: {} for key in ("milliseconds", "peak_bytes", "errors", "kernels", "synchronisations")}
-            row |= {"notes": dict(case.notes), "goals": [vars(goal) for goal in case.goals]}
+            row |= {
+                "share": case.share,
+                "each": case.each,
+                "notes": dict(case.notes),
+                "goals": [vars(goal) for goal in case.goals],
+            }
             start = time.monotonic()
             with _recorded(row["errors"], "case"):
                 if start - begin > limits.deadline:

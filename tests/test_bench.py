@@ -1,6 +1,7 @@
 """The benchmarks run, on small inputs: their figures mean nothing here."""
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -58,6 +59,7 @@ def test_scenes_have_as_many_instances_as_they_say() -> None:
         ("table3", "Tversky"),
         ("training", "U-Net, 2×32², eager"),
         ("scaling", "planes"),
+        ("metrics", "overlap"),
     ],
 )
 def test_suites(suite: str, only: str) -> None:
@@ -132,6 +134,15 @@ def test_a_wrong_result_is_not_timed() -> None:
         gate(scene, "cpu")
 
 
+def test_wrong_metrics_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = fi.instance_metrics
+    wrong = lambda *args, **options: {**(found := ours(*args, **options)), "pq": found["pq"] + 1e-6}  # noqa: E731
+    monkeypatch.setattr(fi, "instance_metrics", wrong)
+    result = runner.run("metrics", SMALL, QUICK, only="overlap", memory=False)
+    assert "wrong: pq is" in result["rows"][0]["errors"]["gate"]
+    assert not result["rows"][0]["milliseconds"]
+
+
 def test_the_runner_goes_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(seed: int) -> Scene:
         raise RuntimeError(f"no scene {seed}")
@@ -170,6 +181,10 @@ def test_a_slow_peer_gets_as_many_planes_as_its_time_allows(monkeypatch: pytest.
     assert f", {time_of['planes']} of 6 planes |" in report.table(result)
     assert "> " in report.table(result)
     assert report.goals(result) == []  # a part of the batch proves no ratio
+    each = _run(monkeypatch, dataclasses.replace(case, each=True), slow_seconds=0.18)
+    assert each["rows"][0]["milliseconds"]["peer"]["median"] == pytest.approx(50, rel=0.5)
+    assert "> " not in report.table(each)
+    assert report.goals(each)[0][-1]
     whole = _run(monkeypatch, case, slow_seconds=1)
     assert whole["rows"][0]["milliseconds"]["peer"]["planes"] == 6
 
@@ -202,6 +217,7 @@ def _suite() -> dict:
         "ours": ["ours"],
         "base": "peer",
         "share": False,
+        "each": False,
         "milliseconds": {"ours": {"median": 10.0, **time_of}, "peer": {"median": 20.0, **time_of}},
         "peak_bytes": {"ours": 8000},
         "floor_bytes": 12000,
@@ -272,7 +288,7 @@ def test_errors_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     for command, said in (
         (["report", str(tmp_path / "old.json")], 'expected a results file of `python -m bench` with "suites"'),
         (["report", str(tmp_path / "none.json")], "expected a results file of `python -m bench`, got"),
-        (["label", "--small", "--peer", "x=y"], "expected --peer instance-loss=PATH or blob_loss=PATH, got ['x']"),
+        (["label", "--small", "--peer", "x=y"], "expected --peer NAME=PATH with a name of"),
         (["aot", "--target", "sm_1"], "expected targets out of"),
     ):
         assert main(command) == 2
