@@ -43,7 +43,7 @@ def _device(suite: dict[str, Any]) -> str:
     machine = suite["machine"]
     if machine["device"] != "cpu":
         return machine["device"]
-    return f"{machine['processor']}, {machine['threads']} threads"
+    return f"{machine['processor']}, threads: {machine['threads']}"
 
 
 def _scaling(suite: dict[str, Any]) -> Any:
@@ -107,16 +107,19 @@ def _bars(suite: dict[str, Any]) -> Any:
     names = list(dict.fromkeys(name for row in rows for name in row["milliseconds"]))
     figure, plot = plt.subplots(figsize=(9, 4), constrained_layout=True)
     width = 0.8 / max(len(names), 1)
+    partial = []
     for index, name in enumerate(names):
         places = [place for place, row in enumerate(rows) if name in row["milliseconds"]]
         times = [rows[place]["milliseconds"][name] for place in places]
         bars = plot.bar([place + index * width for place in places], [t["median"] for t in times], width, label=name)
         for bar, place, time in zip(bars, places, times, strict=True):
             if time.get("planes", rows[place]["planes"]) < rows[place]["planes"]:
-                bar.set_hatch("///")
+                partial.append(bar)
     plot.set_xticks([place + 0.4 for place in range(len(rows))], [row["case"] for row in rows], rotation=30)
     plot.set(yscale="log", ylabel="ms a step", title=f"{_device(suite)} (hatched: a part of the batch)")
     plot.legend(fontsize=7)
+    for bar in partial:  # after the legend, which would show it
+        bar.set_hatch("///")
     return figure
 
 

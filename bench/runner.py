@@ -250,7 +250,7 @@ def run(
         "machine": machine(device),
         "small": setting.small,
         "clock": limits.clock,
-        "copy_bytes_per_second": copy_bandwidth(device),
+        "copy_bytes_per_second": copy_bandwidth(device, limits.clock),
         "rows": [],
     }
     worker: Pool | None = None

@@ -106,11 +106,11 @@ def graphed(run: Callable[[], Any], pool: Any = None) -> Callable[[], Any]:
     return replay
 
 
-def copy_bandwidth(device: str) -> float:
+def copy_bandwidth(device: str, clock: str = "wall") -> float:
     """Bytes read and written per second by a large copy."""
     source = torch.ones(1 << (28 if device == "cuda" else 26), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    time = rounds({"copy": [lambda: target.copy_(source)]}, device=device, repeats=9)["copy"]
+    time = rounds({"copy": [lambda: target.copy_(source)]}, device=device, repeats=9, clock=clock)["copy"]
     return 2e3 * source.numel() / time.median
 
 
