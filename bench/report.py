@@ -12,6 +12,8 @@ from .registry import SUITES
 __all__ = ["BEGIN", "END", "figures", "goals", "markdown", "readme", "table"]
 
 Row = dict[str, Any]
+_SHORT = ("threads", "load", "torch", "driver", "commit", "date")
+_LONG = ("scaling", "aot")  # suites whose tables would fill the README
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 
 
@@ -156,14 +158,16 @@ def _goal_lines(suite: dict[str, Any]) -> list[str]:
     cells = [
         [case, text, _number(value), _number(bound), "yes" if ok else "no"] for case, text, value, bound, ok in found
     ]
-    return ["", *_lines(["what the project set itself", "", "measured", "asked", "reached"], cells)] if cells else []
+    head = ["case", "goal", "measured", "asked", "reached"]
+    return ["", "What the project set itself:", "", *_lines(head, cells)] if cells else []
 
 
-def _machine(suite: dict[str, Any]) -> str:
+def _machine(suite: dict[str, Any], *, short: bool = False) -> str:
     """One line: device, processor, versions, commit."""
     known = dict(suite["machine"])
     device, processor = known.pop("device"), known.pop("processor")
     name = processor if device == "cpu" else f"{device} ({processor})"
+    known = {key: value for key, value in known.items() if not short or key in _SHORT}
     text = f"{name}, " + ", ".join(f"{key} {value}" for key, value in known.items())
     text += "; processor time of all threads" * (suite.get("clock") == "cpu")
     return text + f"; copies {suite['copy_bytes_per_second'] / 1e9:.0f} GB/s" * ("copy_bytes_per_second" in suite)
@@ -183,19 +187,27 @@ def figures(paths: Iterable[Path]) -> str:
     """The figures of the README: the tables of some files, with their machines."""
     lines = [
         "Medians in milliseconds; competitors take turns in one process. A step is forward and backward, labelling",
-        "included. In brackets: the ratio to the peer that the text names, measured in the same rounds.",
+        "included. In brackets: the ratio to the peer that the text names, measured in the same rounds; “>” where a slow peer",
+        "had time for a part of the batch only. Plots, and the suites that are not here: `python -m bench report FILE`.",
     ]
     for path in paths:
         suites = results.load(path)["suites"]
         where = path.relative_to(results.ROOT).as_posix()
         for name, suite in suites.items():
+            if name in _LONG:
+                continue
             base = next((row["base"] for row in suite["rows"] if row.get("base")), "")
             share = any(row["share"] for row in suite["rows"])
             what = SUITES.get(name, "compiled kernels")
             if base:
                 what += f"; {'share of the step beyond' if share else 'ratio to'} “{base}”"
             lines += ["", f"**`python -m bench {name}`**: {what}."]
-            lines += [f"On {_machine(suite)} ([{path.name}]({where})).", "", table(suite), *_goal_lines(suite)]
+            lines += [
+                f"On {_machine(suite, short=True)} ([{path.name}]({where})).",
+                "",
+                table(suite),
+                *_goal_lines(suite),
+            ]
     return "\n".join(lines)
 
 
