@@ -13,7 +13,7 @@ SUITES = {
     "gpu": "all terms on a GPU: eager, as CUDA graphs, and kernel by kernel",
     "label": "connected components, beside other labellers",
     "metrics": "instance-level metrics, beside panoptica and the loop reference",
-    "table3": "every loss of the paper's Table 3 in all implementations",
+    "table3": "the losses of the paper's Table 3 in all implementations (the paper's figures are those of their kind)",
     "training": "training steps of two networks with every loss",
     "scaling": "time against instances, pixels and planes",
 }

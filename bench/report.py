@@ -187,8 +187,8 @@ def figures(paths: Iterable[Path]) -> str:
     """The figures of the README: the tables of some files, with their machines."""
     lines = [
         "Medians in milliseconds; competitors take turns in one process. A step is forward and backward, labelling",
-        "included. In brackets: the ratio to the peer that the text names, measured in the same rounds; “>” where a slow",
-        "peer had time for a part of the batch only. Plots and the other suites: `python -m bench report FILE`.",
+        "included. In brackets: the ratio to the run that the text names, from the same rounds; “>” where a slow peer",
+        "had time for a part of the batch only. Plots and the other suites: `python -m bench report FILE`.",
     ]
     for path in paths:
         suites = results.load(path)["suites"]
