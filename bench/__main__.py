@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="tables and plots of results files")
     report.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
     report.add_argument("--plots", type=Path, help="a folder for PNG files")
+    commands.add_parser("docs", help="write the figures of the losses into docs/losses.md")
     readme = commands.add_parser("readme", help="write the figures of the newest results files into README.md")
     readme.add_argument("--check", action="store_true", help="only fail if they are not up to date")
     return parser
@@ -121,6 +122,10 @@ def main(argv: list[str] | None = None) -> int:
                     from .plots import draw
 
                     print(*draw(results.load(path), options.plots, f"{path.stem}-"), sep="\n")
+        elif options.command == "docs":
+            from . import losses
+
+            losses.DOCS.write_text(losses.write_docs())
         elif options.command == "readme":
             from .report import figures, readme
 

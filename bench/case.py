@@ -56,7 +56,7 @@ class Goal:
         text: for the table.
         run: whose median or memory it is.
         bound: what was asked.
-        over: the run it is divided by; None: the same run.
+        over: the run it is divided by, or several that are added; None: the same run.
         of: the case whose run it is divided by; None: the same case.
         least: whether the bound is a lower one.
         memory: bytes a pixel of `run` instead of a ratio.
@@ -65,7 +65,7 @@ class Goal:
     text: str
     run: str
     bound: float
-    over: str | None = None
+    over: str | tuple[str, ...] | None = None
     of: str | None = None
     least: bool = False
     memory: bool = False

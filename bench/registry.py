@@ -12,6 +12,7 @@ SUITES = {
     "cpu": "all terms on the CPU, beside MONAI's GDF and the loop reference",
     "gpu": "all terms on a GPU: eager, as CUDA graphs, and kernel by kernel",
     "label": "connected components, beside other labellers",
+    "losses": "every loss on its own, beside MONAI's",
     "metrics": "instance-level metrics, beside panoptica and the loop reference",
     "table3": "the losses of the paper's Table 3 in all implementations (the paper's figures are those of their kind)",
     "training": "training steps of two networks with every loss",

@@ -13,7 +13,7 @@ __all__ = ["BEGIN", "END", "figures", "goals", "markdown", "readme", "table"]
 
 Row = dict[str, Any]
 _SHORT = ("threads", "load", "torch", "driver", "commit", "date")
-_LONG = ("scaling", "aot")  # suites whose tables would fill the README
+_LONG = ("scaling", "losses", "aot")  # suites whose tables would fill the README; docs/losses.md has the second
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 
 
@@ -66,9 +66,9 @@ def _bytes(row: Row, name: str) -> str:
 def table(suite: dict[str, Any]) -> str:
     """Markdown: medians in milliseconds with their ratio to the base, and what else was counted."""
     rows = suite["rows"]
-    if any(row["share"] for row in rows):
-        return _shares(rows)
     names = _names(rows)
+    if len(names) > 12:
+        return _transposed(rows)
     counted = [key for key in dict.fromkeys(key for row in rows for key in row) if key in ("N", "M", "components")]
     noted = list(dict.fromkeys(key for row in rows for key in row["notes"] if key != "series"))
     extra = {
@@ -97,10 +97,10 @@ def _of_copy(row: Row, bandwidth: float) -> str:
     return f"{1e3 * row['floor_bytes'] / bandwidth / best['median']:.1%}"
 
 
-def _shares(rows: list[Row]) -> str:
-    """Whole steps: a row per loss, a column per case."""
+def _transposed(rows: list[Row]) -> str:
+    """A row per loss, a column per case."""
     done = [row for row in rows if row["milliseconds"]]
-    head = ["loss", *(f"{row['case']}: ms (share), MB" for row in done)]
+    head = ["loss", *(f"{row['case']}: ms ({'share' if row['share'] else 'ratio'}), MB" for row in done)]
 
     def cell(row: Row, name: str) -> str:
         memory = row["peak_bytes"].get(name.removesuffix(", graph"))
@@ -140,14 +140,15 @@ def goals(suite: dict[str, Any]) -> list[tuple[str, str, float, float, bool]]:
             key = "peak_bytes" if goal["memory"] else "milliseconds"
             other = rows.get(goal["of"] or row["case"], {key: {}})
             run, over = goal["run"], goal["over"] or goal["run"]
-            if run not in row[key] or over not in other[key]:
+            over = [over] if isinstance(over, str) else over
+            if run not in row[key] or not {*over} <= other[key].keys():
                 continue
             if goal["memory"]:
                 value = row[key][run] / row["pixels"]
             else:
                 if not row["each"] and row[key][run].get("planes", row["planes"]) < row["planes"]:
                     continue  # a part of the batch
-                value = row[key][run]["median"] / other[key][over]["median"]
+                value = row[key][run]["median"] / sum(other[key][name]["median"] for name in over)
             reached = value >= goal["bound"] if goal["least"] else value <= goal["bound"]
             found.append((row["case"], goal["text"], value, goal["bound"], reached))
     return found

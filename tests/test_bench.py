@@ -60,6 +60,7 @@ def test_scenes_have_as_many_instances_as_they_say() -> None:
         ("training", "U-Net, 2×32², eager"),
         ("scaling", "planes"),
         ("metrics", "overlap"),
+        ("losses", ""),
     ],
 )
 def test_suites(suite: str, only: str) -> None:
