@@ -126,16 +126,25 @@ def peak_bytes(step: Step, device: str) -> int:
         before = torch.cuda.memory_allocated()
         result = step()
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free already would not be counted again
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # start the peak anew
-        before = _status("VmRSS")
-        result = step()
-        peak = _status("VmHWM")
+        return torch.cuda.max_memory_allocated() - before - _held(result)
+    # The kernel's counters lag behind by some pages a thread, so the largest of a few is taken.
+    return max(_growth(step) for _ in range(3))
+
+
+def _held(result: Any) -> int:
+    """Bytes of what a step returns."""
     tensors = result if isinstance(result, tuple | list) else ()
-    return peak - before - sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+
+def _growth(step: Step) -> int:
+    """Growth of the process's peak memory in a step, beside what it returns."""
+    ctypes.CDLL(None).malloc_trim(0)  # what is free already would not be counted again
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # start the peak anew
+    before = _status("VmRSS")
+    result = step()
+    return _status("VmHWM") - before - _held(result)
 
 
 def keep_no_memory() -> None:

@@ -57,7 +57,7 @@ def test_scenes_have_as_many_instances_as_they_say() -> None:
         ("table3", "Proximity"),
         ("table3", "blob-Dice"),
         ("table3", "Tversky"),
-        ("training", "U-Net, 2×32², eager"),
+        ("training", "U-Net, 2×64², eager"),
         ("scaling", "planes"),
         ("metrics", "overlap"),
         ("losses", ""),
