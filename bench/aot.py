@@ -1,10 +1,9 @@
 """Compile every kernel ahead of time and say what the machine code needs. No GPU and no driver are involved.
 
-`rows()` gives one row per kernel, variant and target; `main()` prints them as a Markdown table. The numbers
-are of the compiled code: instructions are counted once each, however often a loop runs them.
+`rows()` gives one row per kernel, variant and target, `run()` the same for a results file. The numbers are of
+the compiled code: instructions are counted once each, however often a loop runs them.
 """
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -347,24 +346,23 @@ def rows(variants: Iterable[Variant] | None = None, targets: Iterable[str] = tup
     return [row(variant, target) for variant in variants for target in targets]
 
 
-def table(rows: list[Row]) -> str:
-    """Rows as a Markdown table."""
+def run(targets: Iterable[str] | None = None) -> Row:
+    """The rows as a suite of a results file; nothing is timed."""
+    from .results import machine
 
-    def cell(value: Any) -> str:
-        return "" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
-
-    names = list(rows[0])
-    lines = [names, ["---"] * len(names), *([cell(r[name]) for name in names] for r in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Print the table; `--target` limits it."""
-    parser = argparse.ArgumentParser(prog="python -m bench aot", description=main.__doc__)
-    parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all of them")
-    arguments = parser.parse_args(argv)
-    print(table(rows(targets=arguments.target or TARGETS)))
-
-
-if __name__ == "__main__":
-    main()
+    unknown = set(targets or ()) - set(TARGETS)
+    if unknown:
+        raise ValueError(f"expected targets out of {list(TARGETS)}, got {sorted(unknown)}")
+    found = []
+    for one in rows(targets=targets or TARGETS):
+        notes = {key: round(value, 1) if isinstance(value, float) else value for key, value in one.items()}
+        row = {
+            "case": f"{notes.pop('kernel')}, {notes['target']}",
+            "ours": [],
+            "base": None,
+            "share": False,
+            "each": False,
+        }
+        row |= {key: {} for key in ("milliseconds", "peak_bytes", "errors", "kernels", "synchronisations")}
+        found.append({**row, "notes": {k: v for k, v in notes.items() if v is not None}, "goals": []})
+    return {"machine": machine("cpu"), "rows": found}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,51 +11,61 @@ from torch import Tensor
 
 import fastinstance as fi
 
+from .case import Case, Run, Setting
 from .scenes import balls
-from .timing import Time, copy_bandwidth, graphed, times
 
-__all__ = ["CASES", "run", "table"]
-
-Labeller = Callable[[Tensor], object]
+__all__ = ["Mask", "cases"]
 
 
-def _random(share: float, *shape: int) -> Tensor:
-    return (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < share)[:, None]
+class Mask(NamedTuple):
+    """What is labelled."""
+
+    mask: Tensor  # [B, 1, *S] bool
 
 
-def _snake(*shape: int) -> Tensor:
+def _random(share: float, *shape: int) -> Callable[[int], Tensor]:
+    return lambda seed: (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share)[:, None]
+
+
+def _snake(*shape: int) -> Callable[[int], Tensor]:
     """One component that fills each plane: full rows, joined at alternating ends."""
     mask = torch.zeros(shape, dtype=torch.bool)
     mask[..., ::2, :] = True
     mask[..., 1::4, -1] = True
     mask[..., 3::4, 0] = True
-    return mask[:, None]
+    return lambda _: mask[:, None]
 
 
-CASES: dict[str, Callable[[], Tensor]] = {
-    "48×256², sparse blobs": lambda: balls((48, 256, 256), 15, 20, (2, 7)).target > 0,
-    "48×256², dense blobs": lambda: balls((48, 256, 256), 250, 0, (3, 8)).target > 0,
-    "48×256², noise 10 %": lambda: _random(0.1, 48, 256, 256),
-    "48×256², noise 50 %": lambda: _random(0.5, 48, 256, 256),
-    "48×256², noise 60 %": lambda: _random(0.6, 48, 256, 256),
-    "48×256², snakes": lambda: _snake(48, 256, 256),
-    "4096², noise 50 %": lambda: _random(0.5, 1, 4096, 4096),
-    "2×128³, blobs": lambda: balls((2, 128, 128, 128), 100, 0, (2, 7)).target > 0,
+def _blobs(shape: tuple[int, ...], number: int, radius: tuple[float, float]) -> Callable[[int], Tensor]:
+    return lambda seed: balls(shape, number, 0, radius, seed=seed).target > 0
+
+
+MASKS = {
+    "48×256², sparse blobs": _blobs((48, 256, 256), 15, (2, 7)),
+    "48×256², dense blobs": _blobs((48, 256, 256), 250, (3, 8)),
+    "48×256², noise 10 %": _random(0.1, 48, 256, 256),
+    "48×256², noise 50 %": _random(0.5, 48, 256, 256),
+    "48×256², noise 60 %": _random(0.6, 48, 256, 256),
+    "48×256², snakes": _snake(48, 256, 256),
+    "4096², noise 50 %": _random(0.5, 1, 4096, 4096),
+    "2×128³, blobs": _blobs((2, 128, 128, 128), 100, (2, 7)),
 }
-SMALL: dict[str, Callable[[], Tensor]] = {
-    "noise": lambda: _random(0.5, 2, 33, 47),
-    "snakes": lambda: _snake(2, 8, 9),
-    "volume": lambda: _random(0.3, 1, 9, 11, 35),
+SMALL = {
+    "noise": _random(0.5, 2, 33, 47),
+    "snakes": _snake(2, 8, 9),
+    "volume": _random(0.3, 1, 9, 11, 35),
 }
 
 
-def _per_plane(label: Callable[[Any], object]) -> Labeller:
-    return lambda mask: [label(plane) for plane in mask[:, 0]]
+VOLUMES = ("2×128³, blobs", "volume")
 
 
-def _peers(device: str, axes: int) -> dict[str, Labeller]:
-    """The labellers that work on this device, if they are installed; full connectivity."""
-    found: dict[str, Labeller] = {}
+def _per_plane(label: Callable[[Tensor], object]) -> Run:
+    return Run(lambda inputs: lambda: [label(plane) for plane in inputs.mask[:, 0]])
+
+
+def _peers(device: str, axes: int) -> dict[str, Run]:
+    """The labellers for this device; full connectivity."""
     full = np.ones((3,) * axes, dtype=int)
 
     def scipy(plane: Tensor) -> object:
@@ -69,10 +78,10 @@ def _peers(device: str, axes: int) -> dict[str, Labeller]:
 
         return cc3d.connected_components(plane.numpy(), connectivity=8 if axes == 2 else 26)  # pyright: ignore
 
-    def kornia(mask: Tensor) -> object:
+    def kornia(inputs: Mask) -> Callable[[], object]:
         from kornia.contrib import connected_components
 
-        return connected_components(mask.float(), num_iterations=128)
+        return lambda: connected_components(inputs.mask.float(), num_iterations=128)
 
     def cupyx(plane: Tensor) -> object:
         import cupy  # pyright: ignore[reportMissingImports]
@@ -86,99 +95,48 @@ def _peers(device: str, axes: int) -> dict[str, Labeller]:
 
         return label(cupy.asarray(plane))
 
-    if device == "cpu":
-        found |= {"scipy": _per_plane(scipy), "cc3d": _per_plane(cc3d)}
-    if axes == 2:
-        found["kornia, 128 iterations"] = kornia
+    found = {"scipy": scipy, "cc3d": cc3d} if device == "cpu" else {"cupyx": cupyx, "cucim": cucim}
+    runs = {name: _per_plane(label) for name, label in found.items()}
+    return runs | ({"kornia, 128 iterations": Run(kornia, slow=True)} if axes == 2 else {})
+
+
+def _gate(inputs: Mask, device: str) -> None:
+    """Ids must be scipy's, on a GPU those of the CPU."""
+    labels, counts = fi.label(inputs.mask)
     if device == "cuda":
-        found |= {"cupyx": _per_plane(cupyx), "cucim": _per_plane(cucim)}
-    return found
+        for mine, truth in zip((labels, counts), fi.label(inputs.mask.cpu()), strict=True):
+            if not torch.equal(mine.cpu(), truth):
+                raise AssertionError("wrong: components differ from the CPU's")
+        return
+    from scipy import ndimage
+
+    for plane, mine in zip(inputs.mask[:, 0].numpy(), labels[:, 0].numpy(), strict=True):
+        truth, _ = ndimage.label(plane, np.ones((3,) * plane.ndim, dtype=int))  # pyright: ignore
+        if not np.array_equal(mine, truth):
+            raise AssertionError("wrong: components differ from scipy's")
 
 
-def _check(mask: Tensor) -> int:
-    """Components in all planes; no time for a wrong result: ids must be scipy's where it is installed."""
-    labels, counts = fi.label(mask)
-    if importlib.util.find_spec("scipy"):
-        from scipy import ndimage
-
-        for plane, mine in zip(mask[:, 0].cpu().numpy(), labels[:, 0].cpu().numpy(), strict=True):
-            truth, _ = ndimage.label(plane, np.ones((3,) * plane.ndim, dtype=int))
-            np.testing.assert_array_equal(mine, truth)
-    return int(counts.sum())
+def _facts(inputs: Mask) -> dict[str, int]:
+    mask = inputs.mask
+    return {"pixels": mask.numel(), "planes": len(mask), "components": int(fi.label(mask)[1].sum())}
 
 
-def _working(runs: dict[str, Callable[[], object]], errors: dict[str, str]) -> dict[str, Callable[[], object]]:
-    """Those of the runs that do not fail."""
-    found = {}
-    for name, run in runs.items():
-        try:
-            run()
-            found[name] = run
-        except Exception as error:
-            errors[name] = _said(error)
-    return found
+def cases(setting: Setting) -> list[Case]:
+    """Blobs, noise about the density where components percolate, snakes, a large image, volumes."""
 
+    def case(name: str, make: Callable[[int], Tensor]) -> Case:
+        def step(inputs: Any) -> Callable[[], object]:
+            return lambda: fi.label(inputs.mask)
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()[:500]}"
+        return Case(
+            name,
+            lambda seed: Mask(make(seed)),
+            {"ours": Run(step, graph=True)},
+            _gate,
+            _facts,
+            _peers(setting.device, 3 if name in VOLUMES else 2),
+            lambda inputs: 5 * inputs.mask.numel(),  # 1 byte read and 4 written
+            base="ours",
+        )
 
-
-def run(*, repeats: int = 15, small: bool = False) -> dict[str, Any]:
-    """Time `fastinstance.label` and the peers on CUDA if there is a device, else on the CPU.
-
-    `small` inputs only show that everything runs.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bandwidth = copy_bandwidth(device)
-    rows = []
-    for name, make in SMALL.items() if small else CASES.items():
-        mask = make().to(device)
-        row: dict[str, Any] = {"case": name, "pixels": mask.numel(), "milliseconds": {}, "errors": {}}
-        errors: dict[str, str] = row["errors"]
-        rows.append(row)
-        try:
-            row["components"] = _check(mask)
-        except Exception as error:
-            errors["ours"] = _said(error)
-            continue
-        runs: dict[str, Callable[[], object]] = {"ours": lambda mask=mask: fi.label(mask)}
-        if device == "cuda":
-            try:
-                runs["ours, graph"] = graphed(runs["ours"])
-            except Exception as error:
-                errors["ours, graph"] = _said(error)
-        measured = times(runs, repeats=repeats)
-        peers = {key: lambda peer=peer, mask=mask: peer(mask) for key, peer in _peers(device, mask.ndim - 2).items()}
-        slow = {key: peers.pop(key) for key in list(peers) if key.startswith("kornia")}
-        measured |= times(_working(peers, errors), repeats=repeats)
-        if mask.numel() <= 48 * 256**2:
-            measured |= times(_working(slow, errors), repeats=1, warmup=0)
-        row["milliseconds"] = {key: {k: round(v, 4) for k, v in t._asdict().items()} for key, t in measured.items()}
-        print(name, {key: value["median"] for key, value in row["milliseconds"].items()}, errors, flush=True)
-    return {"bench": "label", "device": device, "copy_bytes_per_second": bandwidth, "rows": rows}
-
-
-def table(result: dict[str, Any]) -> str:
-    """Markdown: medians, throughput, share of the copy bandwidth (1 byte read and 4 written a pixel), ratios."""
-    names = list(dict.fromkeys(key for row in result["rows"] for key in row["milliseconds"]))
-    peers = [name for name in names if not name.startswith("ours")]
-    graph = "ours, graph" in names
-    head = ["case", "components", "ours, ms", *(["graph, ms"] if graph else []), "Gpx/s", "of copy", *peers]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in result["rows"]:
-        time = {key: Time(**value) for key, value in row["milliseconds"].items()}
-        if "ours" not in time:
-            lines.append(f"| {row['case']} | {row['errors']['ours'].splitlines()[0]} |")
-            continue
-        best = time.get("ours, graph", time["ours"]).median
-        cells = [row["case"], row["components"], f"{time['ours'].median:.3f}"]
-        cells += [f"{best:.3f}" if "ours, graph" in time else "—"] if graph else []
-        cells += [
-            f"{row['pixels'] / best / 1e6:.2f}",
-            f"{5e3 * row['pixels'] / best / result['copy_bytes_per_second']:.1%}",
-        ]
-        cells += [f"{time[p].median:.1f} ms (×{time[p].median / best:.1f})" if p in time else "" for p in peers]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(
-        [*lines, "", f"copy bandwidth {result['copy_bytes_per_second'] / 1e9:.1f} GB/s, on {result['device']}"]
-    )
+    return [case(name, make) for name, make in (SMALL if setting.small else MASKS).items()]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
+import ctypes
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Time", "copy_bandwidth", "graphed", "machine", "peak_bytes", "rounds", "times"]
+from .case import Step
+
+__all__ = ["CLOCKS", "Time", "copy_bandwidth", "elapsed", "graphed", "keep_no_memory", "peak_bytes", "rounds"]
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Time(NamedTuple):
@@ -23,37 +24,32 @@ class Time(NamedTuple):
     median: float
     low: float
     high: float
-
-
-def times(runs: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 5) -> dict[str, Time]:
-    """Wall time of each run until the device is done, in rounds over all of them."""
-    for _ in range(warmup):
-        for run in runs.values():
-            run()
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            _wait()
-            start = time.perf_counter()
-            run()
-            _wait()
-            samples[name].append(1e3 * (time.perf_counter() - start))
-    return {name: _summary(values) for name, values in samples.items()}
+    samples: int
 
 
 def _summary(values: list[float]) -> Time:
     quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return Time(statistics.median(values), quartiles[0], quartiles[-1])
+    return Time(statistics.median(values), quartiles[0], quartiles[-1], len(values))
 
 
 def rounds(
-    runs: dict[str, list[Callable[[], object]]], *, repeats: int, seconds: float = 60, warmup: int = 3
+    runs: dict[str, list[Step]],
+    *,
+    device: str,
+    repeats: int,
+    seconds: float = 60,
+    warmup: int = 3,
+    clock: str = "wall",
 ) -> dict[str, Time]:
-    """Device time of a step: a sample takes all steps of a run, one after the other, from an idle device.
+    """Time of a step: a sample takes all steps of a run, one after the other, from an idle device.
 
-    Rounds over all runs end after `repeats`, or once `seconds` have gone, but not before the fifth.
+    Rounds over all runs end after `repeats`, or once `seconds` have gone, but not before the fifth. Those to warm up
+    take at most a quarter of that, but one is done.
     """
-    for _ in range(warmup):
+    start = time.monotonic()
+    for done in range(warmup):
+        if done and time.monotonic() > start + seconds / 4:
+            break
         for steps in runs.values():
             for step in steps:
                 step()
@@ -63,17 +59,18 @@ def rounds(
         if done >= 5 and time.monotonic() > end:
             break
         for name, steps in runs.items():
-            samples[name].append(_elapsed(steps) / len(steps))
+            samples[name].append(elapsed(steps, device, clock) / len(steps))
     return {name: _summary(values) for name, values in samples.items()}
 
 
-def _elapsed(steps: list[Callable[[], object]]) -> float:
-    """Milliseconds on the device, or of the clock where there is none."""
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
+def elapsed(steps: list[Step], device: str, clock: str = "wall") -> float:
+    """Milliseconds by CUDA events, or on the CPU by one of `CLOCKS`."""
+    if device == "cpu":
+        now = CLOCKS[clock]
+        start = now()
         for step in steps:
             step()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (now() - start)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     begin.record()
@@ -84,13 +81,11 @@ def _elapsed(steps: list[Callable[[], object]]) -> float:
     return begin.elapsed_time(end)
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def graphed(run: Callable[[], Any], pool: Any = None) -> Callable[[], Any]:
+    """The run as a CUDA graph: what is left is the device's work. A replay returns what the run returned.
 
-
-def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The run as a CUDA graph: what is left is the device's work. A replay returns what the run returned."""
+    Graphs that share a `pool` of memory must be replayed in the order of their capture, and read before the next.
+    """
     current = torch.cuda.current_stream()
     side = torch.cuda.Stream()
     side.wait_stream(current)
@@ -99,7 +94,7 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             result = run()
     finally:
         torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
@@ -111,49 +106,54 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def copy_bandwidth(device: str) -> float:
+def copy_bandwidth(device: str, clock: str = "wall") -> float:
     """Bytes read and written per second by a large copy."""
     source = torch.ones(1 << (28 if device == "cuda" else 26), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    time = times({"copy": lambda: target.copy_(source)}, repeats=9)["copy"]
+    time = rounds({"copy": [lambda: target.copy_(source)]}, device=device, repeats=9, clock=clock)["copy"]
     return 2e3 * source.numel() / time.median
 
 
-def peak_bytes(prepare: Callable[[], Callable[[], object]]) -> int:
-    """Growth of the process's peak memory during a run, `prepare` having made its inputs; Linux."""
-    run = prepare()
+def peak_bytes(step: Step, device: str) -> int:
+    """Bytes in use at the peak of a step, beside its inputs and what it returns.
+
+    On the CPU those of the process, on Linux; exact where it does `keep_no_memory`.
+    """
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before - _held(result)
+    # The kernel's counters lag behind by some pages a thread, so the largest of a few is taken.
+    return max(_growth(step) for _ in range(3))
+
+
+def _held(result: Any) -> int:
+    """Bytes of what a step returns."""
+    tensors = result if isinstance(result, tuple | list) else ()
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+
+def _growth(step: Step) -> int:
+    """Growth of the process's peak memory in a step, beside what it returns."""
+    ctypes.CDLL(None).malloc_trim(0)  # what is free already would not be counted again
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # start the peak anew
     before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
+    result = step()
+    return _status("VmHWM") - before - _held(result)
+
+
+def keep_no_memory() -> None:
+    """Have glibc give every large block back when it is freed, so that the process's memory is what is in use."""
+    threshold = -3  # M_MMAP_THRESHOLD
+    ctypes.CDLL(None).mallopt(threshold, 1 << 16)
 
 
 def _status(key: str) -> int:
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(key))
     return int(line.split()[1]) * 1024
-
-
-def machine() -> dict[str, str | int]:
-    """What the figures were measured on."""
-    model = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
-    return {
-        "processor": model,
-        "threads": torch.get_num_threads(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str:
-    """What the environment says, where there is no repository, or git's."""
-    if "COMMIT" in os.environ or shutil.which("git") is None:
-        return os.environ.get("COMMIT", "")
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()

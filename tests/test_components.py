@@ -1,5 +1,7 @@
 """The two ways to label on the CPU: runs, for sparse masks, and the image, for others."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -64,3 +66,11 @@ def test_sparse_masks_take_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = fastinstance.label(mask)
     monkeypatch.setattr(components, "_label_image", None)
     assert all(map(torch.equal, fastinstance.label(mask), expected))
+
+
+def test_dense_masks_need_no_cc3d(monkeypatch):
+    mask = torch.rand(2, 1, 20, 31, generator=torch.Generator().manual_seed(0)) < 0.5
+    expected = fastinstance.label(mask)
+    monkeypatch.setitem(sys.modules, "cc3d", None)
+    for found, truth in zip(fastinstance.label(mask), expected, strict=True):
+        assert torch.equal(found, truth)

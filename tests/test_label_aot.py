@@ -96,8 +96,4 @@ def test_table() -> None:
         ("write", "sm_90"),
         ("write", "gfx942"),
     ]
-    lines = aot.table(rows).splitlines()
-    assert len(lines) == 6
-    assert lines[0].startswith("| kernel | target | registers | shared bytes | spills | instructions |")
-    assert lines[2].endswith("|  |")  # no pixels, so no instructions per pixel
     assert rows[2]["instructions per pixel"] == rows[2]["instructions"] * 32 / VARIANTS["write"].pixels

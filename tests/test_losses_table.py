@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-
 import fastinstance
 from bench import losses
 from fastinstance import functional
@@ -36,13 +33,3 @@ def test_what_the_modes_are_for() -> None:
         assert masked[error] == 0 < whole[error]
     assert found["`ComponentMILLoss`"]["missed"] > 0
     assert all(value > 0 for value in found["`CCLoss`"].values())
-
-
-def test_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of it runs, on a small batch."""
-    monkeypatch.setattr(losses, "PAPER", (1, 32, 32))
-    torch.manual_seed(0)
-    result = losses.run(repeats=1)
-    text = losses.table(result)
-    assert text.count("MONAI GDF |") == 1 + len(losses.LOSSES) - 2
-    assert "CCLoss`, regions given" in text
