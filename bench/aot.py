@@ -346,6 +346,19 @@ def rows(variants: Iterable[Variant] | None = None, targets: Iterable[str] = tup
     return [row(variant, target) for variant in variants for target in targets]
 
 
+def launches(given: bool = False) -> str:
+    """Kernels of a step with all terms, whatever the images hold."""
+    names = [variant.kernel.fn.__name__ for variant in step("launches", given=given)]
+    back = names.index("coefficients")
+    return f"{back} forward, {len(names) - back} backward"
+
+
+def _row(case: str, notes: Row) -> Row:
+    row = {"case": case, "ours": [], "base": None, "share": False, "each": False}
+    row |= {key: {} for key in ("milliseconds", "peak_bytes", "errors", "kernels", "synchronisations")}
+    return {**row, "notes": {key: value for key, value in notes.items() if value is not None}, "goals": []}
+
+
 def run(targets: Iterable[str] | None = None) -> Row:
     """The rows as a suite of a results file; nothing is timed."""
     from .results import machine
@@ -353,16 +366,8 @@ def run(targets: Iterable[str] | None = None) -> Row:
     unknown = set(targets or ()) - set(TARGETS)
     if unknown:
         raise ValueError(f"expected targets out of {list(TARGETS)}, got {sorted(unknown)}")
-    found = []
+    found = [_row(f"all terms{', labels given' if given else ''}", {"launches": launches(given)}) for given in (False, True)]
     for one in rows(targets=targets or TARGETS):
         notes = {key: round(value, 1) if isinstance(value, float) else value for key, value in one.items()}
-        row = {
-            "case": f"{notes.pop('kernel')}, {notes['target']}",
-            "ours": [],
-            "base": None,
-            "share": False,
-            "each": False,
-        }
-        row |= {key: {} for key in ("milliseconds", "peak_bytes", "errors", "kernels", "synchronisations")}
-        found.append({**row, "notes": {k: v for k, v in notes.items() if v is not None}, "goals": []})
+        found.append(_row(f"{notes.pop('kernel')}, {notes['target']}", notes))
     return {"machine": machine("cpu"), "rows": found}

@@ -317,7 +317,9 @@ def test_aot_rows_are_a_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     aot = pytest.importorskip("bench.aot")
     rows = [{"kernel": "scan", "target": "sm_90", "registers": 30, "instructions per pixel": None}]
     monkeypatch.setattr(aot, "rows", lambda targets: rows)
-    assert "| scan, sm_90 | sm_90 | 30 |" in report.table(aot.run())
+    table = report.table(aot.run())
+    assert "| scan, sm_90 |  | sm_90 | 30 |" in table
+    assert "| all terms | 10 forward, 2 backward |" in table
 
 
 def test_gpu_sh_without_a_gpu(tmp_path: Path) -> None:
