@@ -48,6 +48,7 @@ class Variant:
     warps: int
     pixels: int  # of one program; 0 where the work is not per pixel
     types: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of arguments that differ from `signature`
+    registers: int | None = None  # of a thread, at most
 
     def signature(self) -> dict[str, str]:
         """Argument -> type, for the kernel's arguments in their order."""
@@ -117,7 +118,7 @@ _TYPES = {
 }
 
 
-def _variant(name: str, kernel: Any, arguments: Mapping[str, Any], warps: int) -> Variant:
+def _variant(name: str, kernel: Any, arguments: Mapping[str, Any], warps: int, registers: int | None) -> Variant:
     """What Triton would compile for these arguments."""
     constants, types = {}, {}
     for parameter in kernel.params:
@@ -128,7 +129,7 @@ def _variant(name: str, kernel: Any, arguments: Mapping[str, Any], warps: int) -
             types[parameter.name] = _TYPES[value.dtype]
         else:
             types[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-    return Variant(name, kernel, constants, warps, constants.get("ROWS", 0) * launch.WORD, types)
+    return Variant(name, kernel, constants, warps, constants.get("ROWS", 0) * launch.WORD, types, registers)
 
 
 @contextlib.contextmanager
@@ -137,9 +138,9 @@ def recorded(name: str) -> Iterator[list[Variant]]:
     variants: list[Variant] = []
 
     def take(kernel: Any, _grid: tuple[int, ...]) -> Any:
-        def call(*arguments: Any, num_warps: int, **named: Any) -> None:
+        def call(*arguments: Any, num_warps: int, maxnreg: int | None = None, **named: Any) -> None:
             named |= zip(kernel.arg_names, arguments, strict=False)
-            variants.append(_variant(f"{kernel.fn.__name__}, {name}", kernel, named, num_warps))
+            variants.append(_variant(f"{kernel.fn.__name__}, {name}", kernel, named, num_warps, maxnreg))
 
         return call
 
@@ -268,7 +269,8 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     signature = variant.signature()
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
     source = ASTSource(variant.kernel, signature, constexprs=dict(variant.constants), attrs=aligned)
-    return triton.compile(source, target=target, options={"num_warps": variant.warps})
+    options = {"num_warps": variant.warps, "maxnreg": variant.registers}
+    return triton.compile(source, target=target, options=options)
 
 
 def _binary(name: str) -> str:
@@ -366,7 +368,9 @@ def run(targets: Iterable[str] | None = None) -> Row:
     unknown = set(targets or ()) - set(TARGETS)
     if unknown:
         raise ValueError(f"expected targets out of {list(TARGETS)}, got {sorted(unknown)}")
-    found = [_row(f"all terms{', labels given' if given else ''}", {"launches": launches(given)}) for given in (False, True)]
+    found = [
+        _row(f"all terms{', labels given' if given else ''}", {"launches": launches(given)}) for given in (False, True)
+    ]
     for one in rows(targets=targets or TARGETS):
         notes = {key: round(value, 1) if isinstance(value, float) else value for key, value in one.items()}
         found.append(_row(f"{notes.pop('kernel')}, {notes['target']}", notes))

@@ -324,7 +324,7 @@ def forward(
             box, saved.linked, saved.back, saved.nearest, saved.peaks, slots, flags, ticket,
             planes, dense_tiles, plan.blocks, plan.bound, plan.bound_pred, plan.capacity, depth, height, width, groups,
             SIDES=sides, K=k, AXES=plan.axes, BACK=request.back, BOXES=boxes, PAIRS=sides == 2, SOFT=request.soft,
-            FAR=0x7FF0000000000000 if wide else 0x7F800000, BLOCK=512, num_warps=4,
+            FAR=0x7FF0000000000000 if wide else 0x7F800000, BLOCK=512, num_warps=4, **launch.ALL_REGISTERS,
         )  # fmt: skip
         if sides > 0:
             accumulate[launch.programs(planes, plan.tiles(launch.TILE_ROWS) * plan.row_words)](
@@ -347,7 +347,8 @@ def forward(
                 plan.scale_v, planes, depth, height, width, plan.bound, plan.bound_pred, *center_size, groups, *spacing,
                 FORM=own.form, DICE=request.dice, SQUARED=own.squared, GAMMA=own.gamma, K=k, AXES=plan.axes,
                 SIDES=sides, OWN=request.own is not None, APART=request.apart, WHOLE=request.whole, CENTERS=centers,
-                BOXES=boxes, WIDE=wide, BLOCK=32, OTHERS=2 if wide else 8, num_warps=1,
+                BOXES=boxes, WIDE=wide, BLOCK=32, OTHERS=2 if wide else 8,
+                num_warps=1, **launch.ALL_REGISTERS,
             )  # fmt: skip
         groups = plan.groups(1024, min(64, triton.cdiv(plan.bound, 64))) if sides else 1
         parts = empty(planes, groups, PARTS.value, dtype=torch.float64)
@@ -362,7 +363,8 @@ def forward(
             INVERSE=request.inverse, AVERAGE=request.average, REDUCTION=request.reduction, BY_PRED=request.by_pred,
             BY_SIZE=request.by_size, SOFT=request.soft, SUMMED=request.summed,
             K=k, AXES=plan.axes, SIDES=sides, OWN=request.own is not None, APART=request.apart, GAMMA=own.gamma,
-            BOXES=boxes, CENTERS=centers, VALID=valid is not None, BACK=request.back, WIDE=wide, BLOCK=32, num_warps=1,
+            BOXES=boxes, CENTERS=centers, VALID=valid is not None, BACK=request.back, WIDE=wide, BLOCK=32,
+            num_warps=1, **launch.ALL_REGISTERS,
         )  # fmt: skip
     return found, total, saved
 
@@ -405,7 +407,7 @@ def backward(
             K=k, AXES=plan.axes, SIDES=sides, OWN=request.own is not None, FALSES=request.false_rates,
             APART=request.apart,
             BOXES=request.proximity, CENTERS=request.center is not None, BACK=request.back, WIDE=wide,
-            BLOCK=block, num_warps=1,
+            BLOCK=block, num_warps=1, **launch.ALL_REGISTERS,
         )  # fmt: skip
         gradient[launch.programs(planes, plan.tiles(launch.TILE_ROWS) * plan.row_words)](
             values, saved.masks, saved.heads, valid, saved.parents, saved.block_starts, saved.peaks, base, rows, result,

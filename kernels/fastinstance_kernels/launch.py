@@ -27,6 +27,9 @@ SCAN_BLOCK = 4096
 SCAN_WARPS = 16
 """`scan` is one program per plane: large steps, so that it takes few of them."""
 
+ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+"""Launch option of kernels on tables: else ptxas may spill to seat more programs at a time than there are."""
+
 MAX_PLANE_PIXELS = 2**31 - 4096
 """Of rows rounded up to words: indices inside a plane are int32 and run up to one block beyond the plane's end."""
 
