@@ -84,7 +84,8 @@ def _recorded(errors: dict[str, str], name: str) -> Iterator[None]:
     except (Exception, _CaseOver) as error:
         if isinstance(error, _CaseOver) and name != "case":
             raise
-        errors[name] = f"{type(error).__name__}: {str(error).strip()[:500]}"
+        kind = "" if isinstance(error, _CaseOver) else f"{type(error).__name__}: "
+        errors[name] = f"{kind}{str(error).strip()[:500]}"
     if name in errors:
         print(f"  {name}: {errors[name]}", flush=True)
 
@@ -253,9 +254,8 @@ def run(
         "copy_bytes_per_second": copy_bandwidth(device, limits.clock),
         "rows": [],
     }
-    worker: Pool | None = None
-    if memory and device == "cpu":
-        worker = multiprocessing.get_context("spawn").Pool(1)
+    spawn = multiprocessing.get_context("spawn")
+    worker: Pool | None = spawn.Pool(1) if memory and device == "cpu" else None
     try:
         todo = [case for case in registry.cases(suite, setting) if only in case.name]
         while todo:
@@ -277,6 +277,9 @@ def run(
                     if worker is not None and row["milliseconds"]:
                         arguments = (suite, case.name, setting, torch.get_num_threads())
                         row["peak_bytes"] = worker.apply(_peaks, arguments)
+            if worker is not None and row["errors"].get("case"):  # it may still be at this case
+                worker.terminate()
+                worker = spawn.Pool(1)
             row["seconds"] = round(time.monotonic() - start, 1)
             result["rows"].append(row)
             medians = {name: round(value["median"], 3) for name, value in row["milliseconds"].items()}

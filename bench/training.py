@@ -2,7 +2,8 @@
 
 The share of a loss is what its step takes beyond one whose loss is the mean of the logits. The network's output moves
 logits of a generated scene a little, so that the loss sees lesions and not the noise of an untrained network. In
-compiled steps network and loss are compiled, each on its own; a CUDA graph holds the whole step, optimiser included.
+compiled steps the network is compiled and, on a GPU, the loss on its own; a CUDA graph holds the whole step, with the
+optimiser.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class _Trainer:
 
     def step(self, loss: Any, scene: Scene) -> Step:
         """One step with this loss."""
-        if self.mode == "compiled":
+        if self.mode == "compiled" and self.device == "cuda":
             loss = torch.compile(loss)
 
         def take() -> None:
