@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from . import pixel
 from .pixel import CrossEntropy, Dice, Focal, GeneralizedDice, SeparableLoss, Tversky, WeightedSum
 
@@ -27,6 +29,14 @@ class Criterion:
     # It asks for no sums beyond those that other terms need.
     squared = False
     pointwise = None
+
+    def __post_init__(self) -> None:
+        trained = isinstance(self.function, nn.Module) and any(p.requires_grad for p in self.function.parameters())
+        if trained and "pixel" not in self.argument:
+            raise ValueError(
+                f"expected {self.argument} without parameters that are trained, got {self.name}: they get a gradient "
+                "from whole images only; freeze them with .requires_grad_(False)"
+            )
 
     @property
     def name(self) -> str:

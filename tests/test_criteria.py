@@ -343,3 +343,21 @@ def test_what_is_recognised_is_the_loss_itself(name: str, sigmoid: bool) -> None
 )
 def test_other_settings_are_not_mistaken_for_it(criterion: Any) -> None:
     assert criteria.recognise(criterion) is None
+
+
+def test_a_loss_that_is_trained_itself_is_for_whole_images_only() -> None:
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, P: Tensor, G: Tensor) -> Tensor:
+            return self.scale * (P - G).square().mean()
+
+    loss = Learned()
+    with pytest.raises(ValueError, match="instance_loss without parameters that are trained, got Learned"):
+        fastinstance.InstanceLoss(instance_gt=1, instance_loss=loss)
+    with pytest.warns(UserWarning, match="Learned"):
+        fastinstance.InstanceLoss(pixel_loss=loss)(SCENE.input.sigmoid(), SCENE.target).backward()
+    assert loss.scale.grad is not None
+    fastinstance.InstanceLoss(instance_gt=1, instance_loss=loss.requires_grad_(False))
