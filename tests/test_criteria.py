@@ -17,6 +17,7 @@ import fastinstance
 from fastinstance import criteria, functional, masked, reference
 from fastinstance.pixel import Sums
 from fastinstance.testing import Scene, assert_close, scenes
+from tests.criteria_cases import lovasz
 from tests.lines import lines_executed
 
 EXAMPLES = settings().max_examples
@@ -32,15 +33,6 @@ def spelt_out_dice(P: Tensor, G: Tensor) -> Tensor:
     axes = tuple(range(2, P.ndim))
     overlap, total = (P * G).sum(axes), P.sum(axes) + G.sum(axes)
     return (1 - (2 * overlap + 1e-5) / (total + 1e-5)).mean()
-
-
-def lovasz(P: Tensor, G: Tensor) -> Tensor:
-    """Errors in descending order, weighted by the growth of the Jaccard loss: no sum over pixels can tell."""
-    p, g = P.flatten(), G.flatten()
-    errors, order = torch.where(g > 0, 1 - p, p).sort(descending=True, stable=True)
-    g = g[order]
-    jaccard = 1 - (g.sum() - g.cumsum(0)) / (g.sum() + (1 - g).cumsum(0)).clamp(min=1)
-    return (errors * jaccard.diff(prepend=jaccard.new_zeros(1))).sum()
 
 
 def positional(P: Tensor, G: Tensor) -> Tensor:
