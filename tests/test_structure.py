@@ -25,7 +25,7 @@ LAYERS = [
     {"accumulate", "componentwise", "ensemble", "overlay"},
     {"commands"},
     {"integrations.lightning", "integrations.nnunet.trainers"},
-    {"study.brain"},
+    {"study.brain", "study.subjects"},
     {"study.demo"},
     {"arguments"},
     {"__main__"},
