@@ -26,7 +26,10 @@ LAYERS = [
     {"commands"},
     {"integrations.lightning", "integrations.nnunet.trainers"},
     {"study.brain", "study.subjects"},
-    {"study.demo"},
+    {"study.config", "study.demo"},
+    {"study.augment", "study.checkpoints", "study.evaluation", "study.networks"},
+    {"study.batches"},
+    {"study.training"},
     {"arguments"},
     {"__main__"},
 ]
