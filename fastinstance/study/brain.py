@@ -36,6 +36,8 @@ SPACING = (3.0, 1.0, 1.0)
 """Voxel size (slice, row, column) of a subject in mm."""
 VOXEL_ML = math.prod(SPACING) / 1000
 """Volume of one voxel of a subject in mL."""
+VERSION = 1
+"""Raised when the same seed gives another subject than before."""
 MAX_SLICES = 22
 """Slices a subject has at most."""
 
