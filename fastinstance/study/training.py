@@ -35,7 +35,7 @@ from fastinstance.study.evaluation import PRECISIONS, mean_scores, predict, scor
 from fastinstance.study.networks import SliceNetwork, build_network
 from fastinstance.study.subjects import StudyError, Subject
 
-__all__ = ["DivergedError", "Ranks", "TrainingResult", "load_network", "predict", "train"]
+__all__ = ["DivergedError", "Ranks", "TrainingResult", "check_run", "load_network", "predict", "train"]
 
 COLUMNS = ("epoch", "step", "learning_rate", "loss", *SCORES)
 WEIGHTS = 3  # what the random numbers of a step are for, beside those of `batches`: dropout
@@ -107,7 +107,20 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _check_hardware(config: TrainingConfig, device: torch.device, ranks: Ranks) -> None:
+def check_run(config: RunConfig) -> torch.device:
+    """Whether this machine can do what a run asks for, and on which device.
+
+    Raises:
+        StudyError: a device, compiler or package that is missing, or settings that exclude each other.
+    """
+    device, ranks = resolve_device(config.training.device), Ranks()
+    _check_settings(config.training, device, ranks)
+    Augmentation(config.augmentation)
+    build_network(config.network, 1)
+    return device
+
+
+def _check_settings(config: TrainingConfig, device: torch.device, ranks: Ranks) -> None:
     if config.graph and device.type != "cuda":
         raise StudyError(f"[training] graph: expected a CUDA device for a CUDA graph, got {device}; set graph = false")
     if config.graph and ranks.count > 1:
@@ -319,9 +332,7 @@ def train(
         StudyError: the subjects, the settings or the folder cannot be used, or a file cannot be written.
         DivergedError: the loss or its gradient is not finite; the batch is in `failed.pt`.
     """
-    ranks = Ranks()
-    device = resolve_device(config.training.device)
-    _check_hardware(config.training, device, ranks)
+    device, ranks = check_run(config), Ranks()
     check_subjects(train, validation)
     with ExitStack() as stack:
         stack.enter_context(_surroundings(config.training, device))
