@@ -213,9 +213,9 @@ def add_train(commands: Any) -> None:
         "train",
         allow_abbrev=False,
         help="train a network with a loss, as a run file says",
-        description="Trains a network as RUN.toml says, and keeps run, curves and checkpoints in DIR. Killed or stopped "
-        "at any moment, the same command goes on to the same bits. Several GPUs: torchrun --nproc-per-node N "
-        "-m fastinstance train ...",
+        description="Trains a network as RUN.toml says, and keeps run, curves and checkpoints in DIR. Killed or "
+        "stopped at any moment, the same command goes on to the same bits. Several GPUs: "
+        "torchrun --nproc-per-node N -m fastinstance train ...",
         epilog="exit codes: 0 done, or stopped by SIGTERM and saved; 1 for the one reason shown; 2 bad arguments; "
         "130 after Ctrl-C.",
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,7 @@ def load_subjects(
         StudyError: as `data.load`; or there is one person only.
     """
 
-    def load(settings: dict[str, object], what: str) -> list[Subject]:
+    def load(settings: Mapping[str, Any], what: str) -> list[Subject]:
         with tqdm(desc=what, unit="subject", disable=not progress, file=sys.stderr) as bar:
 
             def show(done: int, total: int) -> None:
@@ -54,10 +55,10 @@ def load_subjects(
 
             return data.load(settings, cache=cache, skip_bad=skip_bad, progress=show)
 
-    subjects = load(dict(config.data), "subjects")
-    if isinstance(config.validation, float):
+    subjects = load(config.data, "subjects")
+    if not isinstance(config.validation, Mapping):
         return split(subjects, config.validation, config.training.seed)
-    return subjects, load(dict(config.validation), "validation")
+    return subjects, load(config.validation, "validation")
 
 
 def run(path: Path, out: Path, cache: Path | None, skip_bad: bool, progress: bool) -> int:
@@ -69,9 +70,9 @@ def run(path: Path, out: Path, cache: Path | None, skip_bad: bool, progress: boo
     config = read_config(path)
     if not config.data:
         raise StudyError(f'{path}: expected a table [data] with a source such as "brain", got none')
-    tables = [config.data] if isinstance(config.validation, float) else [config.data, config.validation]
-    for table in tables:
-        data.check(table)
+    for table in (config.data, config.validation):
+        if isinstance(table, Mapping):
+            data.check(table)
     with torchrun(resolve_device(config.training.device)):
         check_run(config)
         first = Ranks().rank == 0
