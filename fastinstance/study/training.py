@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from fastinstance.study.subjects import StudyError, Subject
 __all__ = ["DivergedError", "Ranks", "TrainingResult", "check_run", "load_network", "predict", "train"]
 
 COLUMNS = ("epoch", "step", "learning_rate", "loss", *SCORES)
-WEIGHTS = 3  # what the random numbers of a step are for, beside those of `batches`: dropout
+DROPOUT = 3  # what random numbers of a step are for, beside those of `batches`
 
 
 class DivergedError(StudyError):
@@ -513,8 +514,8 @@ class _Run:
         return (self.step - first) * self.batches.size, time.perf_counter() - start
 
     def _seed_dropout(self) -> None:
-        number = (self.settings.seed * self.steps + self.step) * self.ranks.count + self.ranks.rank
-        torch.manual_seed(number * 4 + WEIGHTS)
+        sequence = np.random.SeedSequence((self.settings.seed, DROPOUT, self.step, self.ranks.rank))
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
 
     def _finish_epoch(self, writer: Any, bar: Any, speed: float) -> None:
         """Validates, and saves what there is."""
@@ -579,7 +580,8 @@ class _Run:
             DivergedError: always.
         """
         self._seed_dropout()
-        take.network = self.network  # without the other ranks, which may have nothing to say
+        take.network = self.network  # alone, as is the loss: the other ranks need not do the same
+        loss = self.pixel_loss if loss is self.pixel_loss else build_loss(self.config.loss)
         reason = _what_is_not_finite(take, loss, batch)
         path = self.folder.out / (f"failed-{self.ranks.rank}.pt" if self.ranks.count > 1 else "failed.pt")
         state = {
