@@ -93,7 +93,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "loss": ({"loss": {"name": "FalsLoss"}}, "got 'FalsLoss'; did you mean FalseLoss?"),
     "option": (
         {"loss": {"options": {"misssed": "soft"}}},
-        "unknown option misssed in [loss] options of FalseLoss: did you mean missed?",
+        "in [loss] options of FalseLoss: did you mean missed?",
     ),
     "option's value": ({"loss": {"options": {"missed": "x"}}}, "[loss] options of FalseLoss: "),
     "option of another loss": (
