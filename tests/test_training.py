@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import logging
 import math
 import os
 import resource
@@ -53,6 +52,9 @@ TABLE: dict[str, dict[str, Any]] = {
 FILES = ("best.pt", "last.pt", "curves.csv", "run.toml")
 
 
+Whole = tuple[TrainingResult, dict[str, Any]]
+
+
 def config(**changes: dict[str, Any]) -> RunConfig:
     names = dict.fromkeys((*TABLE, *changes))
     return RunConfig.from_table({name: TABLE.get(name, {}) | changes.get(name, {}) for name in names})
@@ -62,12 +64,27 @@ def go(out: Path, settings: RunConfig | None = None, **options: Any) -> Training
     return train(settings or config(), TRAIN, VALIDATION, out, **{"progress": False, **options})
 
 
-def contents(out: Path) -> dict[str, bytes]:
-    return {name: (out / name).read_bytes() for name in FILES}
+def bits(value: Any) -> Any:
+    """Tensors as bytes; the order of a pickle is not the same for equal values."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: bits(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [bits(one) for one in value]
+    return repr(value)
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """All that a run leaves but its log, to the bit."""
+    files = {name: out / name for name in FILES}
+    return {
+        name: bits(load_checkpoint(path)) if path.suffix == ".pt" else path.read_text() for name, path in files.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingResult, dict[str, bytes]]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """A run that nothing interrupts."""
     out = tmp_path_factory.mktemp("whole")
     return go(out), contents(out)
@@ -75,15 +92,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingResult, dic
 
 def test_a_network_learns(tmp_path: Path):
     settings = config(
-        training={"epochs": 15, "validate_every": 15}, network={"channels": [8, 16], "dropout": 0.0}, augmentation={}
+        training={"epochs": 10, "steps_per_epoch": 8}, network={"channels": [8, 16], "dropout": 0.0}, augmentation={}
     )
     result = go(tmp_path, settings)
     assert result.finished
-    assert result.best["dice"] > 0.75
-    assert result.best["f1"] > 0.75
+    assert result.best["dice"] > 0.55
+    assert result.best["f1"] > 0.45
+    untrained = [predict(training.build_network(settings.network, 1).eval(), one) for one in VALIDATION]
+    assert mean_scores(map(scores, VALIDATION, untrained))["dice"] < 0.3
 
 
-def test_what_a_run_leaves(whole: tuple[TrainingResult, dict[str, bytes]]):
+def test_what_a_run_leaves(whole: Whole):
     result, _ = whole
     assert result.finished
     assert result.epochs == 6
@@ -108,7 +127,7 @@ def test_what_a_run_leaves(whole: tuple[TrainingResult, dict[str, bytes]]):
     assert all(torch.equal(value, last[1][name]) for name, value in last[0].network.state_dict().items())
 
 
-def test_the_same_call_again_has_nothing_to_do(whole: tuple[TrainingResult, dict[str, bytes]]):
+def test_the_same_call_again_has_nothing_to_do(whole: Whole):
     first, files = whole
     again = go(first.out)
     assert again.images_per_second == 0
@@ -129,7 +148,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from tests.test_training import config, go
-go(Path(sys.argv[1]), config(training={"epochs": 40}))
+go(Path(sys.argv[1]), config(training={"epochs": 20}))
 """
 
 
@@ -151,15 +170,15 @@ def environment() -> dict[str, str]:
 
 
 def test_a_run_that_was_killed_is_the_run_that_never_was(tmp_path: Path):
-    settings = config(training={"epochs": 40})
+    settings = config(training={"epochs": 20})
     go(tmp_path / "whole", settings)
     killed = tmp_path / "killed"
     command = [sys.executable, "-c", CHILD, str(killed)]
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as child:
-        wait_for(child, killed / "log.txt", "epoch 5:")
+        wait_for(child, killed / "log.txt", "epoch 3:")
         child.send_signal(signal.SIGKILL)
     assert child.returncode == -signal.SIGKILL
-    assert 4 <= load_checkpoint(killed / "last.pt")["epoch"] < 40
+    assert 2 <= load_checkpoint(killed / "last.pt")["epoch"] < 20
     assert go(killed, settings).finished
     assert contents(killed) == contents(tmp_path / "whole")
 
@@ -168,18 +187,15 @@ class Crash(BaseException):
     """As sudden as SIGKILL, but for this process."""
 
 
-@pytest.mark.parametrize("write", range(2, 12))
-@pytest.mark.parametrize("precision", ["float32", "fp16"])
+@pytest.mark.parametrize(("precision", "write"), [*(("float32", n) for n in range(2, 12)), ("fp16", 4), ("fp16", 7)])
 def test_a_crash_at_any_write_changes_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    whole: tuple[TrainingResult, dict[str, bytes]],
+    whole: Whole,
     write: int,
     precision: str,
 ):
     """Before the 2nd to the 11th file that is written: last.pt and curves.csv, and best.pt where an epoch is better."""
-    if precision == "fp16" and write not in (4, 7):
-        pytest.skip("one file of each kind is enough for the scaler")
     settings = config(training={"precision": precision})
     count = 0
 
@@ -196,15 +212,15 @@ def test_a_crash_at_any_write_changes_nothing(
         with pytest.raises(Crash):
             go(tmp_path / "crashed", settings)
     go(tmp_path / "crashed", settings)
-    if precision == "fp16":
+    expected = whole[1]
+    if precision != "float32":
         go(tmp_path / "whole", settings)
-    assert contents(tmp_path / "crashed") == (whole[1] if precision == "float32" else contents(tmp_path / "whole"))
+        expected = contents(tmp_path / "whole")
+    assert contents(tmp_path / "crashed") == expected
 
 
 @pytest.mark.parametrize("step", [0, 3, 4])
-def test_sigterm_saves_after_the_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[TrainingResult, dict[str, bytes]], step: int
-):
+def test_sigterm_saves_after_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Whole, step: int):
     """Also in the middle of an epoch."""
     draw = training.Batches.draw
 
@@ -232,7 +248,7 @@ validation = 0.34
 [network]
 channels = [4, 8]
 [training]
-epochs = 30
+epochs = 12
 subjects_per_batch = 1
 slices_per_subject = 2
 threads = 1
@@ -254,7 +270,7 @@ def test_the_command_saves_on_sigterm_and_goes_on(tmp_path: Path, capsys: pytest
     assert "the same command goes on" in printed
     assert "images/s" in shown
     stopped = load_checkpoint(out / "last.pt")
-    assert 0 < stopped["epoch"] < 30
+    assert 0 < stopped["epoch"] < 12
     assert main(arguments) == 0
     assert "best f1 0." in capsys.readouterr().out
     assert "goes on after step" in (out / "log.txt").read_text()
@@ -263,10 +279,10 @@ def test_the_command_saves_on_sigterm_and_goes_on(tmp_path: Path, capsys: pytest
     captured = capsys.readouterr()
     assert captured.err == ""
 
-    file.write_text(RUN_FILE.replace("epochs = 30", "epochs = 31"))
+    file.write_text(RUN_FILE.replace("epochs = 12", "epochs = 13"))
     assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert "holds another run ([training] epochs is 30 there, not 31)" in error
+    assert "holds another run ([training] epochs is 12 there, not 13)" in error
     assert error.count("\n") == 1
 
 
@@ -277,7 +293,7 @@ def test_the_command_saves_on_sigterm_and_goes_on(tmp_path: Path, capsys: pytest
         ("", "expected a table [data]"),
         ("[data]\nsource = 'brains'", "did you mean 'brain'?"),
         ("[data]\nsource = 'wmh'\nfolder = 'nowhere'", "nowhere"),
-        ("[data]\nsource = 'brain'\n[training]\ngraph = true\ndevice = 'cpu'", "set graph = false"),
+        ("[data]\nsource = 'brain'\nsubjects = 2\n[training]\ngraph = true\ndevice = 'cpu'", "set graph = false"),
         ("[data]\nsource = 'brain'\nsubjects = 1\nslices = 1", "expected at least two persons"),
     ],
 )
@@ -292,7 +308,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "out").exists()
 
 
-def test_another_run_is_refused(whole: tuple[TrainingResult, dict[str, bytes]]):
+def test_another_run_is_refused(whole: Whole):
     out = whole[0].out
     with pytest.raises(StudyError, match=r"\[loss\] warm_up is 0.4 there, not 0.5"):
         go(out, config(loss={"warm_up": 0.5}))
@@ -301,9 +317,7 @@ def test_another_run_is_refused(whole: tuple[TrainingResult, dict[str, bytes]]):
     assert contents(out) == whole[1]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[TrainingResult, dict[str, bytes]]
-):
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Whole):
     """The kernel itself refuses the end of a file, as it does where there is no space."""
     good: dict[str, bytes] = {}
     finish = training._Run._finish_epoch
@@ -328,25 +342,33 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert contents(tmp_path) == whole[1]
 
 
+class Evil:
+    ran = False
+
+    def __reduce__(self) -> Any:
+        return setattr, (Evil, "ran", True)
+
+
 def test_checkpoints_hold_no_code_and_damage_is_named(tmp_path: Path):
     path = tmp_path / "last.pt"
     with pytest.raises(StudyError, match="no such checkpoint"):
         load_checkpoint(path)
-    torch.save({"evil": logging.Logger("x")}, path)
+    torch.save({"evil": Evil()}, path)
     with pytest.raises(StudyError, match="cannot be read"):
         load_checkpoint(path)
+    assert not Evil.ran
     save_checkpoint(path, {"tensor": torch.arange(3)})
     assert load_checkpoint(path)["tensor"].tolist() == [0, 1, 2]
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(StudyError, match="cannot be read"):
         load_checkpoint(path)
-    with pytest.raises(StudyError, match="cannot write .*no such folder|cannot write .*No such file"):
+    with pytest.raises(StudyError, match=r"cannot write .*: No such file"):
         write_safely(tmp_path / "nowhere" / "x", b"")
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StudyError, match="cannot write to .*file"):
+    with pytest.raises(StudyError, match=r"cannot write to .*file"):
         go(tmp_path / "file" / "out")
 
 
@@ -409,13 +431,21 @@ def test_half_precision_learns_what_float32_does(tmp_path: Path, precision: str)
     assert losses[precision] == pytest.approx(losses["float32"], rel=0.05)
 
 
-def test_a_compiled_network_learns_the_same(tmp_path: Path):
-    losses = []
+def test_a_compiled_network_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Traced, but not by the C++ compiler, which takes a minute."""
+    compile_with, calls, losses = torch.compile, [], []
+
+    def traced(network: torch.nn.Module) -> Any:
+        calls.append(network)
+        return compile_with(network, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
     for compiled in (False, True):
         settings = config(
             training={"compile": compiled, "epochs": 2}, network={"channels": [2, 4], "dropout": 0.0}, augmentation={}
         )
         losses.append([row["loss"] for row in go(tmp_path / str(compiled), settings).curves])
+    assert len(calls) == 1
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -460,7 +490,7 @@ def uneven() -> list[Subject]:
 
 
 def many(out: Path) -> TrainingResult:
-    settings = config(network={"dropout": 0.0}, loss={"name": "ICILoss", "warm_up": 0.2}, training={"epochs": 3})
+    settings = config(network={"dropout": 0.0}, loss={"name": "ICILoss", "warm_up": 0.2}, training={"epochs": 2})
     return train(settings, uneven(), VALIDATION, out, progress=False)
 
 
@@ -477,7 +507,7 @@ def test_two_processes_are_one_with_all_of_every_batch(tmp_path: Path):
     two = load_checkpoint(tmp_path / "two" / "last.pt")
     for mine, theirs in zip(one.curves, two["rows"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, nan_ok=True)
-    alone = load_checkpoint(tmp_path / "one" / "last.pt")["network"]
-    for name, value in alone.items():
-        assert_close(two["network"][name], value, name=name, rtol=1e-3, atol=1e-5)
+    alone, shared = (load_network(tmp_path / name, "last") for name in ("one", "two"))
+    for subject in VALIDATION:
+        assert_close(predict(shared, subject), predict(alone, subject), atol=2e-3)
     assert many(tmp_path / "two").finished  # one process reads what two have written

@@ -74,7 +74,7 @@ def run(path: Path, out: Path, cache: Path | None, skip_bad: bool, progress: boo
         if isinstance(table, Mapping):
             data.check(table)
     with torchrun(resolve_device(config.training.device)):
-        check_run(config)
+        check_run(config, out)
         first = Ranks().rank == 0
         subjects = load_subjects(config, cache=cache, skip_bad=skip_bad, progress=progress and first)
         result = train(config, *subjects, out, progress=progress)

@@ -31,13 +31,22 @@ from tqdm import tqdm
 from fastinstance.study.augment import Augmentation, Batch
 from fastinstance.study.batches import Batches, check_subjects, fingerprint
 from fastinstance.study.checkpoints import load_checkpoint, save_checkpoint, write_safely
-from fastinstance.study.config import SCORES, RunConfig, TrainingConfig, build_loss, build_pixel_loss, named_terms
+from fastinstance.study.config import (
+    SCORES,
+    RunConfig,
+    TrainingConfig,
+    build_loss,
+    build_pixel_loss,
+    named_terms,
+    read_config,
+)
 from fastinstance.study.evaluation import PRECISIONS, mean_scores, predict, scores
 from fastinstance.study.networks import SliceNetwork, build_network
 from fastinstance.study.subjects import StudyError, Subject
 
 __all__ = ["DivergedError", "Ranks", "TrainingResult", "check_run", "load_network", "predict", "train"]
 
+RUN_FILE = "run.toml"
 COLUMNS = ("epoch", "step", "learning_rate", "loss", *SCORES)
 DROPOUT = 3  # what random numbers of a step are for, beside those of `batches`
 
@@ -108,14 +117,18 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def check_run(config: RunConfig) -> torch.device:
-    """Whether this machine can do what a run asks for, and on which device.
+def check_run(config: RunConfig, out: Path) -> torch.device:
+    """Whether this machine can do what a run asks for, and on which device; nothing is written.
 
     Raises:
-        StudyError: a device, compiler or package that is missing, or settings that exclude each other.
+        StudyError: a device or package that is missing, settings that exclude each other, or another run in `out`.
     """
-    device, ranks = resolve_device(config.training.device), Ranks()
-    _check_settings(config.training, device, ranks)
+    device = resolve_device(config.training.device)
+    _check_settings(config.training, device, Ranks())
+    if (out / RUN_FILE).exists():
+        changed = _differences(read_config(out / RUN_FILE).to_table(), config.to_table())
+        if changed:
+            raise StudyError(f"{out} holds another run ({changed[0]}); choose another folder")
     Augmentation(config.augmentation)
     build_network(config.network, 1)
     return device
@@ -255,26 +268,19 @@ class _Folder:
 
     def __init__(self, out: Path, config: RunConfig, ranks: Ranks) -> None:
         self.out, self.config, self.writes = out, config, ranks.rank == 0
-        self.best, self.last, self.run = out / "best.pt", out / "last.pt", out / "run.toml"
+        self.best, self.last, self.run = out / "best.pt", out / "last.pt", out / RUN_FILE
 
     def open(self) -> dict[str, Any] | None:
         """Where the run stands, if it was begun.
 
         Raises:
-            StudyError: the folder cannot be written, or holds another run.
+            StudyError: the folder cannot be written, or `last.pt` not be read.
         """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StudyError(f"cannot write to {self.out}: {error.strerror or error}") from error
-        if self.run.exists():
-            found = tomllib.loads(self.run.read_text(encoding="utf-8"))
-            changed = _differences(found, self.config.to_table())
-            if changed:
-                raise StudyError(
-                    f"{self.out} holds another run ({changed[0]}); choose another folder, or go on with its run.toml"
-                )
-        elif self.writes:
+        if self.writes and not self.run.exists():
             write_safely(self.run, self.config.to_toml().encode())
         return load_checkpoint(self.last) if self.last.exists() else None
 
@@ -333,7 +339,7 @@ def train(
         StudyError: the subjects, the settings or the folder cannot be used, or a file cannot be written.
         DivergedError: the loss or its gradient is not finite; the batch is in `failed.pt`.
     """
-    device, ranks = check_run(config), Ranks()
+    device, ranks = check_run(config, out), Ranks()
     check_subjects(train, validation)
     with ExitStack() as stack:
         stack.enter_context(_surroundings(config.training, device))
@@ -375,6 +381,7 @@ class _Run:
         self.scaler = torch.amp.GradScaler(device.type) if self.settings.precision == "fp16" else None
         self.data = fingerprint(train, validation)
         self.epoch = self.step = 0
+        self.stopping = False
         self.loss_sum = 0.0
         self.rows: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"epoch": 0, "scores": {}}
@@ -432,9 +439,10 @@ class _Run:
             for epoch in range(begun, settings.epochs):
                 images, took = self._train_epoch(take, (epoch + 1) * self.batches.steps_per_epoch, bar)
                 trained, seconds = trained + images, seconds + took
-                if self.step < (epoch + 1) * self.batches.steps_per_epoch:
+                if self.step == (epoch + 1) * self.batches.steps_per_epoch:
+                    self._finish_epoch(writer, images / took if took else math.nan)
+                if self.stopping:
                     break
-                self._finish_epoch(writer, bar, images / took if took else math.nan)
         finished = self.epoch == settings.epochs
         if not finished:
             self._save()
@@ -452,9 +460,7 @@ class _Run:
     def _trained_network(self) -> nn.Module:
         network: Any = self.network
         if self.ranks.count > 1:
-            network = DistributedDataParallel(
-                network, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
-            )
+            network = DistributedDataParallel(network)
         if self.settings.compile:
             network = torch.compile(network)
         return network
@@ -510,6 +516,7 @@ class _Run:
                 )
                 bar.update()
             if stopping:
+                self.stopping = True
                 break
         return (self.step - first) * self.batches.size, time.perf_counter() - start
 
@@ -517,7 +524,7 @@ class _Run:
         sequence = np.random.SeedSequence((self.settings.seed, DROPOUT, self.step, self.ranks.rank))
         torch.manual_seed(int(sequence.generate_state(1)[0]))
 
-    def _finish_epoch(self, writer: Any, bar: Any, speed: float) -> None:
+    def _finish_epoch(self, writer: Any, speed: float) -> None:
         """Validates, and saves what there is."""
         self.epoch += 1
         row: dict[str, float] = {
@@ -542,12 +549,9 @@ class _Run:
         shown = ", ".join(f"{name} {row[name]:.4f}" for name in ("loss", *SCORES) if name in row)
         self.folder.log(f"epoch {self.epoch}: {shown}; {speed:.1f} images/s")
         if writer is not None:
-            for name in COLUMNS[2:]:
-                if name in row:
-                    writer.add_scalar(
-                        f"validation/{name}" if name in SCORES else f"train/{name}", row[name], self.epoch
-                    )
-            writer.add_scalar("train/images_per_second", speed, self.epoch)
+            for name, value in {**row, "images_per_second": speed}.items():
+                if name not in ("epoch", "step"):
+                    writer.add_scalar(f"{'validation' if name in SCORES else 'training'}/{name}", value, self.epoch)
             writer.flush()
 
     def _save_best(self) -> None:
