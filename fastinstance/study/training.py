@@ -44,7 +44,7 @@ from fastinstance.study.evaluation import PRECISIONS, mean_scores, predict, scor
 from fastinstance.study.networks import SliceNetwork, build_network
 from fastinstance.study.subjects import StudyError, Subject
 
-__all__ = ["DivergedError", "Ranks", "TrainingResult", "check_run", "load_network", "predict", "train"]
+__all__ = ["DivergedError", "Ranks", "Step", "TrainingResult", "check_run", "load_network", "predict", "train"]
 
 RUN_FILE = "run.toml"
 COLUMNS = ("epoch", "step", "learning_rate", "loss", *SCORES)
@@ -189,7 +189,7 @@ def _surroundings(config: TrainingConfig, device: torch.device) -> Iterator[None
         torch.set_num_threads(threads)
 
 
-class _Step:
+class Step:
     """Forward and backward pass; leaves the gradients in the parameters.
 
     Args:
@@ -433,7 +433,7 @@ class _Run:
                 f"{'goes on after' if self.step else 'begins at'} step {self.step} of {self.steps} on {self.device}, "
                 f"{self.ranks.count} process(es), {torch.get_num_threads()} threads, torch {torch.__version__}"
             )
-            take = _Step(self._trained_network(), settings, self.device, self.scaler)
+            take = Step(self._trained_network(), settings, self.device, self.scaler)
             writer = self._tensorboard(stack)
             bar = stack.enter_context(self._bar(progress))
             for epoch in range(begun, settings.epochs):
@@ -484,7 +484,7 @@ class _Run:
 
         return stack.enter_context(SummaryWriter(str(self.folder.out / "tensorboard"), purge_step=self.epoch + 1))
 
-    def _train_epoch(self, take: _Step, end: int, bar: Any) -> tuple[int, float]:
+    def _train_epoch(self, take: Step, end: int, bar: Any) -> tuple[int, float]:
         """Steps until `end` or SIGTERM; slices and seconds of them."""
         self.network.train()
         start, first = time.perf_counter(), self.step
@@ -577,7 +577,7 @@ class _Run:
         ]
         return mean_scores(self.ranks.gather(mine))
 
-    def _fail(self, take: _Step, loss: nn.Module, batch: Batch, value: float) -> None:
+    def _fail(self, take: Step, loss: nn.Module, batch: Batch, value: float) -> None:
         """Saves what led to a loss that is not finite, and says what is wrong.
 
         Raises:
@@ -606,7 +606,7 @@ class _Run:
         raise DivergedError(text)
 
 
-def _what_is_not_finite(take: _Step, loss: nn.Module, batch: Batch) -> str:
+def _what_is_not_finite(take: Step, loss: nn.Module, batch: Batch) -> str:
     """In words: weights, the network's output, terms of the loss, or gradients of terms."""
     images, labels, valid = batch
     if not all(bool(one.isfinite().all()) for one in take.parameters):
