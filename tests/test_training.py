@@ -179,8 +179,10 @@ def test_a_run_that_was_killed_is_the_run_that_never_was(tmp_path: Path):
         child.send_signal(signal.SIGKILL)
     assert child.returncode == -signal.SIGKILL
     assert 2 <= load_checkpoint(killed / "last.pt")["epoch"] < 20
+    (killed / ".1.part.last.pt").write_text("half of a file")
     assert go(killed, settings).finished
     assert contents(killed) == contents(tmp_path / "whole")
+    assert not list(killed.glob(".*"))
 
 
 class Crash(BaseException):
@@ -429,6 +431,26 @@ def test_half_precision_learns_what_float32_does(tmp_path: Path, precision: str)
         losses[kind] = [row["loss"] for row in result.curves]
     assert losses[precision] != losses["float32"]
     assert losses[precision] == pytest.approx(losses["float32"], rel=0.05)
+
+
+def test_what_fails_in_a_step_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Step, "_eager", full)
+        with pytest.raises(StudyError, match=r"cpu has too little memory for 6 slices a step; lower") as error:
+            go(tmp_path)
+    assert "\n" not in str(error.value)
+
+    def no_compiler(*_: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found")
+
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: compile_with(network, backend=no_compiler))
+    with pytest.raises(StudyError, match=r"compile: .*No working C\+\+ compiler found.*; set compile = false") as error:
+        go(tmp_path / "compiled", config(training={"compile": True}))
+    assert "\n" not in str(error.value)
 
 
 def test_a_compiled_network_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -202,12 +202,30 @@ class Step:
         self, network: nn.Module, config: TrainingConfig, device: torch.device, scaler: torch.amp.GradScaler | None
     ) -> None:
         self.network, self.scaler, self.device = network, scaler, device
-        self.dtype = PRECISIONS[config.precision]
+        self.dtype, self.compiled = PRECISIONS[config.precision], config.compile
         self.parameters = [one for one in network.parameters() if one.requires_grad]
         self.graphs: dict[nn.Module, _Graph] | None = {} if config.graph else None
 
     def __call__(self, loss: nn.Module, batch: Batch) -> Tensor:
-        """The loss and the norm of its gradient, `[2]`; the norm is 0 with a scaler, which looks for itself."""
+        """The loss and the norm of its gradient, `[2]`; the norm is 0 with a scaler, which looks for itself.
+
+        Raises:
+            StudyError: the memory of the GPU is too small, the compiler fails, or there is no CUDA graph of this.
+        """
+        try:
+            return self._take(loss, batch)
+        except torch.OutOfMemoryError as error:
+            raise StudyError(
+                f"{self.device} has too little memory for {len(batch.images)} slices a step; lower subjects_per_batch "
+                "or slices_per_subject, or use bf16"
+            ) from error
+        except RuntimeError as error:
+            if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            text = " ".join(str(error).split())[:200]
+            raise StudyError(f"[training] compile: the compiler fails ({text}); set compile = false") from error
+
+    def _take(self, loss: nn.Module, batch: Batch) -> Tensor:
         if self.graphs is None:
             return self._eager(loss, batch)
         if loss not in self.graphs:
@@ -280,6 +298,9 @@ class _Folder:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StudyError(f"cannot write to {self.out}: {error.strerror or error}") from error
+        if self.writes:
+            for half in self.out.glob(".*.part.*"):  # of a process that was killed
+                half.unlink(missing_ok=True)
         if self.writes and not self.run.exists():
             write_safely(self.run, self.config.to_toml().encode())
         return load_checkpoint(self.last) if self.last.exists() else None
