@@ -105,8 +105,8 @@ def test_brain_subjects_are_the_generated_ones(tmp_path):
     data.check(settings)
     subjects = data.load(settings, cache=tmp_path)
     assert_whole(subjects)
-    assert [subject.name for subject in subjects] == ["brain-000", "brain-001"]
-    assert [subject.person for subject in subjects] == ["brain-000", "brain-001"]
+    assert [subject.name for subject in subjects] == ["brain-5-000", "brain-5-001"]
+    assert [subject.person for subject in subjects] == ["brain-5-000", "brain-5-001"]
     assert subjects[0].spacing == brain.SPACING
     made = brain.generate((5, 1), slices=3)
     np.testing.assert_array_equal(subjects[1].target.numpy(), made.lesions)
@@ -117,8 +117,8 @@ def test_brain_subjects_are_the_generated_ones(tmp_path):
 def test_visits_of_a_person_share_the_person():
     subjects = data.load({"source": "brain", "subjects": 1, "visits": 3, "slices": 4})
     assert_whole(subjects)
-    assert [subject.name for subject in subjects] == [f"brain-000-visit-{k}" for k in (1, 2, 3)]
-    assert {subject.person for subject in subjects} == {"brain-000"}
+    assert [subject.name for subject in subjects] == [f"brain-0-000-visit-{k}" for k in (1, 2, 3)]
+    assert {subject.person for subject in subjects} == {"brain-0-000"}
     first, second, third = (subject.target for subject in subjects)
     assert first.sum() < second.sum() < third.sum()
     (alone,) = data.load({"source": "brain", "subjects": 1, "slices": 4})
@@ -158,7 +158,7 @@ def test_brain_settings_are_checked(settings, message):
 
 def test_a_recipe_that_has_no_place_is_named():
     recipe = {"small_count": [1e6, 1e6]}
-    refused({"source": "brain", "subjects": 1, "recipe": recipe}, "^brain-000: cannot be generated with this recipe")
+    refused({"source": "brain", "subjects": 1, "recipe": recipe}, "^brain-0-000: cannot be generated with this recipe")
 
 
 def test_no_lesions_at_all_are_refused():
@@ -734,7 +734,7 @@ def test_a_brain_of_another_version_is_made_anew(tmp_path, monkeypatch):
         data.load(settings | more, cache=tmp_path)
     monkeypatch.setattr(brain, "VERSION", brain.VERSION + 1)
     data.load(settings, cache=tmp_path)
-    assert made == ["brain-000"] * 4
+    assert made == ["brain-1-000", "brain-0-000", "brain-0-000", "brain-0-000"]
 
 
 # ids

@@ -175,7 +175,7 @@ class Brain(Source):
             return Scan(made.image[None], made.lesions.astype(np.uint8), brain.SPACING)
 
         def item(number: int, visit: int) -> Item:
-            person = f"brain-{number:0{width}}"
+            person = f"brain-{self.seed}-{number:0{width}}"
             options = {"version": brain.VERSION, "seed": [self.seed, number], "visit": visit, "slices": self.slices}
             return Item(
                 name=person if self.visits == 1 else f"{person}-visit-{visit + 1}",
