@@ -404,6 +404,7 @@ BAD = {
     "axes": (change("flair", lambda image: image[..., 0]), "expected a volume with 3 axes"),
     "NaN": (change("flair", with_nan), "its image has 1 values that are NaN or infinite"),
     "constant": (change("flair", lambda image: np.full_like(image, 7)), "its image is constant"),
+    "darkest": (change("flair", lambda image: np.full(image.shape, -32768, np.int16)), "its image is constant"),
     "probabilities": (change("mask", lambda mask: mask * 0.4), "expected a mask of integers"),
     "empty": (change("mask", np.zeros_like), "its truth is empty; set allow_empty"),
     "full": (change("mask", np.ones_like), "there is no background"),

@@ -210,9 +210,10 @@ def _fitted(volume: NDArray[Any], size: Sequence[int], fill: Any) -> NDArray[Any
 def _standardised(image: NDArray[Any]) -> NDArray[np.float32]:
     """Every channel of `image` [C, Z, Y, X] with mean 0 and variance 1."""
     values = image.astype(np.float64)
+    largest = np.abs(values).max(axis=(1, 2, 3), keepdims=True)
     values -= values.mean(axis=(1, 2, 3), keepdims=True)
     deviation = values.std(axis=(1, 2, 3), keepdims=True)
-    constant = np.flatnonzero(deviation <= 1e-9 * np.abs(image).max())
+    constant = np.flatnonzero(deviation <= 1e-9 * largest)  # no more than rounding
     if len(constant):
         which = "its image" if len(image) == 1 else f"channel {constant[0] + 1} of its image"
         raise StudyError(f"{which} is constant")
