@@ -274,7 +274,7 @@ def require_same_grid(volumes: Sequence[Volume], *, spacing_given: bool) -> None
         far = np.abs(first.affine - other.affine) @ np.array([*(*first.data.shape, 1)[:3], 1])
         if far.max() > 0.01 * min(first.spacing or (1.0,)):
             raise FileError(
-                f"expected one affine, got others in {first.path} and {other.path}: resample one, or give --spacing"
+                f"expected one affine, got others in {first.path} and {other.path}: resample one, or give the spacing"
             )
 
 

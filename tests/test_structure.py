@@ -26,6 +26,8 @@ LAYERS = [
     {"commands"},
     {"integrations.lightning", "integrations.nnunet.trainers"},
     {"study.brain", "study.subjects"},
+    {"study.sources"},
+    {"study.data"},
     {"study.demo"},
     {"arguments"},
     {"__main__"},

@@ -5,7 +5,8 @@ from the installed wheel, without importing nilearn and without downloading anyt
 differently, gives it a FLAIR-like contrast (grey matter bright, fluid dark) and grows lesions in the white matter:
 caps and thin rims along the lateral ventricles, a few large blobs near them, and many small ones. Most connected
 components of a slice are far below 0.05 mL and a few exceed 1 mL, as in the ADNI lesions of Rachmadi et al. (2024,
-Fig. 8). Bright spots that are not lesions make false detections possible.
+Fig. 8). Bright spots that are not lesions make false detections possible. At later visits of a subject its lesions
+are still there, some have grown and new ones have appeared.
 
 What it is not: a substitute for patients. There is one template brain, lesions do not depend on each other, and the
 outlines are exact.
@@ -14,7 +15,7 @@ outlines are exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
@@ -35,6 +36,8 @@ SPACING = (3.0, 1.0, 1.0)
 """Voxel size (slice, row, column) of a subject in mm."""
 VOXEL_ML = math.prod(SPACING) / 1000
 """Volume of one voxel of a subject in mL."""
+VERSION = 1
+"""Raised when the same seed gives another subject than before."""
 MAX_SLICES = 22
 """Slices a subject has at most."""
 
@@ -78,6 +81,9 @@ class LesionRecipe:
     rim_contrast: tuple[float, float] = (0.30, 0.50)
     faint_count: tuple[float, float] = (20, 60)  # soft spots in white matter that are not lesions
     noise: tuple[float, float] = (0.035, 0.060)  # standard deviation of the Rician noise
+    growing: float = 0.5  # share of the lesions that grow from visit to visit
+    growth: tuple[float, float] = (0.1, 0.4)  # mm by which the surface of such a lesion moves outwards between visits
+    new_count: float = 6.0  # mean of a Poisson distribution: small lesions that appear between two visits
 
 
 @dataclass(frozen=True)
@@ -91,17 +97,27 @@ class _Anatomy:
     midline: FloatArray  # distance to the plane between the hemispheres, mm
 
 
-def _read_template(kind: str) -> tuple[FloatArray, NDArray[np.float64]]:
-    """A map ("t1", "gm" or "wm") of the template in the nilearn wheel: values in [0, 1], [Z, Y, X], and its affine."""
+def template_files() -> tuple[Path, Path, Path]:
+    """The template's T1, white- and grey-matter maps in the nilearn wheel.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError: nilearn, which brings the template, is missing or has none.
+    """
     spec = find_spec("nilearn")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
             "the MNI152 template is read from the nilearn package: pip install nilearn", name="nilearn"
         )
     folder = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
-    path = folder / f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz"
-    if not path.is_file():
-        raise FileNotFoundError(f"this nilearn has no MNI152 template at {path}; install nilearn 0.11 or newer")
+    t1, white, grey = (folder / f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz" for kind in ("t1", "wm", "gm"))
+    for path in (t1, white, grey):
+        if not path.is_file():
+            raise FileNotFoundError(f"this nilearn has no MNI152 template at {path}; install nilearn 0.11 or newer")
+    return t1, white, grey
+
+
+def _read_map(path: Path) -> tuple[FloatArray, NDArray[np.float64]]:
+    """A map of the template: values in [0, 1], [Z, Y, X], and its affine."""
     image = Nifti1Image.from_filename(path)
     values = np.asarray(image.dataobj, dtype=np.float32).transpose(2, 1, 0) / 255
     affine = image.affine
@@ -117,7 +133,7 @@ def _distance(mask: BoolArray) -> FloatArray:
 @lru_cache(maxsize=1)
 def _template() -> tuple[_Anatomy, FloatArray]:
     """The template's anatomy, and a field [2, Z, Y, X] (rows, columns) that points towards the ventricles."""
-    (t1, affine), (white, _), (grey, _) = (_read_template(kind) for kind in ("t1", "wm", "gm"))
+    (t1, affine), (white, _), (grey, _) = map(_read_map, template_files())
     to_mm = affine[[2, 1, 0], 3] + np.array([part.start for part in _FRAME])  # MNI coordinate of the frame's voxel 0
     t1, white, grey = t1[_FRAME], white[_FRAME], grey[_FRAME]
     brain = t1 > 0.1
@@ -208,11 +224,13 @@ class _Canvas:
         tall: float = 1.0,
         roughness: float = 0.35,
         softness: float,
+        growth: float = 0.0,
     ) -> None:
         """Paints an ellipsoid of `volume` mL with an uneven surface, randomly stretched and turned.
 
         `room` [Z, Y, X] in [0, 1] cuts the blob off where it must not grow, `tall` stretches its first axis,
-        `roughness` is the surface's unevenness in radii and `softness` the width of its edge in mm.
+        `roughness` is the surface's unevenness in radii and `softness` the width of its edge in mm. `growth` moves
+        the surface outwards by so many mm; what is drawn from `rng` does not depend on it.
         """
         radius = (3 * volume * 1000 / (4 * math.pi)) ** (1 / 3)
         stretch = np.exp(rng.normal(0, 0.28, 3))
@@ -227,7 +245,7 @@ class _Canvas:
         offsets = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
         distance = np.linalg.norm((offsets @ turn) / (stretch * radius), axis=-1)  # 1 on the ellipsoid
         bumps = roughness * _smooth_noise(rng, distance.shape, min(max(radius * 0.55, 1.0), 5.0))
-        share = _soft_step((1 + bumps - distance) * radius / softness)
+        share = _soft_step(((1 + bumps - distance) * radius + growth) / softness)
         self.paint(where, share if room is None else share * room[where], contrast)
 
 
@@ -240,7 +258,27 @@ def _volumes(rng: np.random.Generator, volume: tuple[float, float], count: int, 
     return np.clip(np.exp(rng.normal(math.log(median), spread, count)), low, high).astype(np.float32)
 
 
-def _grow_lesions(anatomy: _Anatomy, recipe: LesionRecipe, rng: np.random.Generator) -> tuple[_Canvas, _Canvas]:
+@dataclass(frozen=True)
+class _Visits:
+    """What happens to a subject between its visits; drawn apart from what the first visit shows."""
+
+    seed: int | Sequence[int]
+    visit: int
+
+    def generator(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+
+    def growth(self, recipe: LesionRecipe) -> Iterator[float]:
+        """How far the surface of one lesion after the other has moved since the first visit, mm."""
+        rng = self.generator(0)
+        while True:
+            grows, rate = rng.random() < recipe.growing, rng.uniform(*recipe.growth)
+            yield self.visit * rate * grows
+
+
+def _grow_lesions(
+    anatomy: _Anatomy, recipe: LesionRecipe, rng: np.random.Generator, visits: _Visits
+) -> tuple[_Canvas, _Canvas]:
     """Lesions, and bright spots that are none, in a subject's anatomy."""
     shape = anatomy.white.shape
     coarse = (slice(None, None, _COARSE),) * 3
@@ -256,10 +294,11 @@ def _grow_lesions(anatomy: _Anatomy, recipe: LesionRecipe, rng: np.random.Genera
     centres = _COARSE * np.argwhere(candidate)
     near, depth = to_ventricle[candidate], to_edge[candidate]
 
-    def pick(count: int, weight: FloatArray | BoolArray) -> NDArray[np.integer]:
+    def pick(count: int, weight: FloatArray | BoolArray, rng: np.random.Generator = rng) -> NDArray[np.integer]:
         return centres[rng.choice(len(centres), count, replace=False, p=weight / weight.sum())]
 
     load = rng.uniform(*recipe.load)
+    growth = visits.growth(recipe)
     lesions, others = _Canvas(shape), _Canvas(shape)
 
     # Rims and caps: white matter closer to the ventricles than a width that varies along them, mostly zero.
@@ -267,7 +306,7 @@ def _grow_lesions(anatomy: _Anatomy, recipe: LesionRecipe, rng: np.random.Genera
     distance = ndimage.uniform_filter(distance[tuple(slice(size) for size in shape)], 3)
     wave = _smooth_noise(rng, shape, (18, 20, 20)) - rng.uniform(0.1, 0.8)
     rim_width = 4.5 * np.tanh(0.6 * load * wave)  # mm, thin even under a heavy load
-    rim = _soft_step((rim_width - (distance - 1)) / 0.6) * room * ((rim_width > 0.8) & (distance > 0.5))
+    rim = _soft_step((rim_width + next(growth) - (distance - 1)) / 0.6) * room * ((rim_width > 0.8) & (distance > 0.5))
     lesions.paint((slice(None),) * 3, rim, rng.uniform(*recipe.rim_contrast))
 
     small = round(rng.uniform(*recipe.small_count) * load**0.5)
@@ -278,16 +317,23 @@ def _grow_lesions(anatomy: _Anatomy, recipe: LesionRecipe, rng: np.random.Genera
         pick(large, beside_ventricles), _volumes(rng, recipe.large_volume, large, 0.15, 8), strict=True
     ):
         contrast = rng.uniform(*recipe.large_contrast)
-        lesions.blob(rng, centre, volume, contrast, room=room, tall=1.3, roughness=0.4, softness=0.9)
+        moved = next(growth)
+        lesions.blob(rng, centre, volume, contrast, room=room, tall=1.3, roughness=0.4, softness=0.9, growth=moved)
     medium = round(small * recipe.medium_per_small)
     for centre, volume in zip(
         pick(medium, anywhere), _volumes(rng, recipe.medium_volume, medium, 0.02, 1), strict=True
     ):
-        lesions.blob(rng, centre, volume, rng.uniform(*recipe.medium_contrast), room=room, tall=0.7, softness=0.6)
-    for centre, volume in zip(
-        pick(small, anywhere), _volumes(rng, recipe.small_volume, small, 0.008, 0.2), strict=True
-    ):
-        lesions.blob(rng, centre, volume, rng.uniform(*recipe.small_contrast), room=room, softness=0.5)
+        contrast = rng.uniform(*recipe.medium_contrast)
+        lesions.blob(rng, centre, volume, contrast, room=room, tall=0.7, softness=0.6, growth=next(growth))
+
+    def add_small(count: int, rng: np.random.Generator) -> None:
+        for centre, volume in zip(
+            pick(count, anywhere, rng), _volumes(rng, recipe.small_volume, count, 0.008, 0.2), strict=True
+        ):
+            contrast = rng.uniform(*recipe.small_contrast)
+            lesions.blob(rng, centre, volume, contrast, room=room, softness=0.5, growth=next(growth))
+
+    add_small(small, rng)
 
     # Not lesions: faint spots, patches of slightly bright white matter, bright cortex and vessels.
     spots = round(rng.uniform(*recipe.faint_count))
@@ -300,10 +346,20 @@ def _grow_lesions(anatomy: _Anatomy, recipe: LesionRecipe, rng: np.random.Genera
     bright = rng.poisson(14)
     for centre, volume in zip(rng.choice(cortex, bright), _volumes(rng, (0.015, 0.5), bright, 0.003, 0.1), strict=True):
         others.blob(rng, centre, volume, rng.uniform(0.2, 0.55), room=None, softness=0.5)
+
+    for visit in range(1, visits.visit + 1):
+        between = visits.generator(1, visit)
+        add_small(between.poisson(recipe.new_count), between)
     return lesions, others
 
 
-def generate(seed: int | Sequence[int], *, slices: int = MAX_SLICES, recipe: LesionRecipe | None = None) -> Subject:
+def generate(
+    seed: int | Sequence[int],
+    *,
+    slices: int = MAX_SLICES,
+    recipe: LesionRecipe | None = None,
+    visit: int = 0,
+) -> Subject:
     """Generates one subject.
 
     Args:
@@ -311,21 +367,26 @@ def generate(seed: int | Sequence[int], *, slices: int = MAX_SLICES, recipe: Les
             seed gives the same subject, whatever was generated before.
         slices: how many neighbouring slices to keep, around the middle of the 22 there are.
         recipe: lesion counts, sizes and contrasts.
+        visit: 0 is the subject's first; at each later one the same lesions, aligned and none smaller, some larger,
+            and new ones, under another bias field and other noise.
 
     Returns:
         Image, true lesions and white matter, each [slices, 192, 160] with voxels of 3 x 1 x 1 mm.
 
     Raises:
-        ValueError: `slices` is not in 1 to 22.
+        ValueError: `slices` is not in 1 to 22, or `visit` is negative.
         ModuleNotFoundError, FileNotFoundError: nilearn, which brings the template, is missing or has none.
     """
     if not 1 <= slices <= MAX_SLICES:
         raise ValueError(f"expected slices in 1 to {MAX_SLICES}, got {slices}")
+    if visit < 0:
+        raise ValueError(f"expected a visit of at least 0, got {visit}")
     recipe = recipe or LesionRecipe()
     rng = np.random.default_rng(seed)
+    visits = _Visits(seed, visit)
     template, towards = _template()
     anatomy = _bend(template, towards, rng)
-    lesions, others = _grow_lesions(anatomy, recipe, rng)
+    lesions, others = _grow_lesions(anatomy, recipe, rng, visits)
 
     share = lesions.share
     texture = 1 + 0.18 * _smooth_noise(rng, share.shape, (4, 3, 3))
@@ -342,6 +403,8 @@ def generate(seed: int | Sequence[int], *, slices: int = MAX_SLICES, recipe: Les
 
     image, share, brain, white = slabs(image), slabs(share), slabs(anatomy.brain), slabs(anatomy.white)
     image = ndimage.gaussian_filter(image, (0, 0.45, 0.45))
+    if visit > 0:
+        rng = visits.generator(2, visit)
     image *= np.exp(0.10 * rng.uniform(0.5, 1.3) * _smooth_noise(rng, image.shape, (12, 48, 48)))
     sigma = rng.uniform(*recipe.noise)
     noise = sigma * rng.standard_normal((2, *image.shape), dtype=np.float32)
