@@ -5,7 +5,7 @@
                                            predictions.npz   test predictions at 0.5, bits
                                            result.json       complete when it is there
                                            failed.json       why it failed the last time, log.txt beside it
-    OUT/votes/<data>/<loss>/seed0.json                       majority of the folds on the second data set
+    OUT/votes/<data>/seed0.json                              majority of the folds on the second data set
     OUT/ensembles/<data>/<ensemble>/seed0-fold1.json         volume ensemble of two losses
 """
 
@@ -16,7 +16,8 @@ import hashlib
 import json
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..ensemble import majority_vote, volume_ensemble
-from ..files import replacing
+from ..files import fingerprint, replacing
 from ..metrics import METRICS
 from .measure import CURVE, THRESHOLDS, binary, curve_of, measure, voxel_ml_of
 from .plan import Cell, DataSet, Ensemble, Evaluation, Plan
@@ -35,8 +36,10 @@ from .splits import make_folds, split
 from .subjects import StudyError, Subject
 
 __all__ = [
+    "Derived",
     "cell_folder",
     "changes",
+    "derived_of",
     "digest",
     "load_subjects",
     "read_json",
@@ -327,6 +330,75 @@ def _by_volume(ensemble: Ensemble, small: Tensor, large: Tensor, subject: Subjec
     return volume_ensemble(*masks, threshold_ml=ensemble.threshold_ml, spacing=subject.spacing)[:, 0]
 
 
+@dataclass(frozen=True)
+class Derived:
+    """A result that is made of cells: an ensemble, or a vote."""
+
+    name: str
+    path: Path
+    inputs: tuple[Path, ...]
+    """Results of the cells that it is made of, all there."""
+    call: Callable[..., dict[str, Any]]
+    arguments: tuple[Any, ...]
+    settings: Any
+    """What else decides it."""
+
+    @property
+    def print(self) -> str:
+        return fingerprint(self.inputs, [__version__, _plain(self.settings)])
+
+    def read(self) -> dict[str, Any] | None:
+        """The result if it is there and still that of its cells."""
+        document = read_json(self.path)
+        if document is None or document.pop("inputs") != self.print:
+            return None
+        return document
+
+    def make(self, plan: Plan, out: Path, skip_bad: bool) -> None:
+        inputs = self.print
+        document = self.call(plan, *self.arguments, out, skip_bad=skip_bad)
+        write_json(self.path, {**document, "inputs": inputs})
+
+
+def derived_of(plan: Plan, out: Path, done: Container[Cell]) -> Iterator[Derived]:
+    """Every ensemble and vote of the plan that the cells which are done suffice for."""
+    for data in plan.trained:
+        judged_by = asdict(plan.data[data].evaluation)
+        folds = plan.folds_of(data)
+        for ensemble in plan.ensembles:
+            for seed in plan.seeds:
+                for fold in folds:
+                    cells = [Cell(data, loss, seed, fold) for loss in (ensemble.small, ensemble.large)]
+                    if all(cell in done for cell in cells):
+                        folder = f"{ensemble.small} + {ensemble.large}, {ensemble.threshold_ml:g} mL"
+                        yield Derived(
+                            f"ensemble {data}/{ensemble.name}, seed {seed}, fold {fold}",
+                            out / "ensembles" / data / folder / f"seed{seed}-fold{fold}.json",
+                            tuple(cell_folder(out, cell) / "result.json" for cell in cells),
+                            run_ensemble,
+                            (ensemble, cells[0]),
+                            judged_by,
+                        )
+        test_on = plan.data[data].test_on
+        if test_on is None:
+            continue
+        for seed in plan.seeds:
+            losses = [loss for loss in plan.losses if all(Cell(data, loss, seed, fold) in done for fold in folds)]
+            if losses:
+                yield Derived(
+                    f"vote {data} on {test_on}, seed {seed}",
+                    out / "votes" / data / f"seed{seed}.json",
+                    tuple(
+                        cell_folder(out, Cell(data, loss, seed, fold)) / "result.json"
+                        for loss in losses
+                        for fold in folds
+                    ),
+                    run_vote,
+                    (data, tuple(losses), seed),
+                    [asdict(plan.data[test_on].evaluation), [asdict(ensemble) for ensemble in plan.ensembles]],
+                )
+
+
 def run_ensemble(plan: Plan, ensemble: Ensemble, cell: Cell, out: Path, *, skip_bad: bool = False) -> dict[str, Any]:
     """The ensemble of two losses on the test fold of a cell (whose own loss does not matter)."""
     data = plan.data[cell.data]
@@ -345,18 +417,17 @@ def run_ensemble(plan: Plan, ensemble: Ensemble, cell: Cell, out: Path, *, skip_
     }
 
 
-def run_vote(plan: Plan, data_name: str, seed: int, out: Path, *, skip_bad: bool = False) -> dict[str, Any]:
-    """Majority vote of the folds on the second data set: every loss, and the ensembles of these votes."""
+def run_vote(
+    plan: Plan, data_name: str, losses: Sequence[str], seed: int, out: Path, *, skip_bad: bool = False
+) -> dict[str, Any]:
+    """Majority vote of the folds on the second data set: these losses, and the ensembles of their votes."""
     data = plan.data[data_name]
     assert data.test_on is not None
     other = plan.data[data.test_on]
     subjects = subjects_of(other, out / "cache", skip_bad)
     votes: dict[str, list[Tensor]] = {}
-    for loss in plan.losses:
-        cells = [Cell(data_name, loss, seed, fold) for fold in plan.folds_of(data_name)]
-        folders = [cell_folder(out, cell) for cell in cells]
-        if not all((folder / "result.json").exists() for folder in folders):
-            continue
+    for loss in losses:
+        folders = [cell_folder(out, Cell(data_name, loss, seed, fold)) for fold in plan.folds_of(data_name)]
         every = [_read_masks(folder / "predictions.npz", data.test_on, subjects) for folder in folders]
         votes[loss] = [majority_vote(list(masks)) for masks in zip(*every, strict=True)]
     for ensemble in plan.ensembles:

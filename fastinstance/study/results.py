@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from .. import __version__
-from .cells import cell_folder, read_json, state
-from .plan import Plan
+from .cells import cell_folder, derived_of, read_json, state
+from .plan import Cell, Plan
 from .subjects import StudyError
 
 __all__ = ["Results", "collect", "read_results"]
@@ -109,6 +109,8 @@ def collect(plan: Plan, out: Path) -> dict[str, Any]:
         elif any("picture" in other and other["cell"][0] == cell.data for other in cells):
             document["picture"] = {"prediction": document["picture"]["prediction"]}
         cells.append(document)
+    done = {Cell(*document["cell"]) for document in cells}
+    derived = [document for one in derived_of(plan, out, done) if (document := one.read()) is not None]
     return {
         "format": FORMAT,
         "version": __version__,
@@ -126,16 +128,11 @@ def collect(plan: Plan, out: Path) -> dict[str, Any]:
         "small_ml": {name: data.evaluation.small_ml for name, data in plan.data.items()},
         "collapse": {name: data.evaluation.collapse for name, data in plan.data.items()},
         "cells": cells,
-        "ensembles": _derived(out / "ensembles"),
-        "votes": _derived(out / "votes"),
+        "ensembles": [one for one in derived if "ensemble" in one],
+        "votes": [one for one in derived if "vote" in one],
         "failed": failed,
         "missing": missing,
     }
-
-
-def _derived(folder: Path) -> list[Any]:
-    documents = (read_json(path) for path in sorted(folder.rglob("*.json")))
-    return [{key: value for key, value in one.items() if key != "inputs"} for one in documents if one is not None]
 
 
 def results_of(document: Mapping[str, Any], where: str) -> Results:

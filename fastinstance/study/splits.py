@@ -22,34 +22,17 @@ class Split:
 
 
 def check_subjects(data: str, subjects: Sequence[Subject]) -> None:
-    """What every study needs of a data set.
+    """What a study needs of a data set beyond what `data.load` makes sure of.
 
     Raises:
-        StudyError: no subject, a name twice, one image under two persons, numbers of channels that differ, nothing but
-            background (or foreground).
+        StudyError: numbers of channels that differ, nothing but background (or foreground).
     """
-    if not subjects:
-        raise StudyError(f"data set {data}: expected subjects, got none")
     first = subjects[0]
     for subject in subjects:
         if len(subject.image) != len(first.image):
             raise StudyError(
                 f"data set {data}: expected images of one number of channels, got {len(first.image)} of {first.name} "
                 f"and {len(subject.image)} of {subject.name}"
-            )
-    seen: dict[str, Subject] = {}
-    images: dict[bytes, Subject] = {}
-    for subject in subjects:
-        if subject.name in seen:
-            raise StudyError(f"data set {data}: the subject {subject.name} is there twice, and would lie in two folds")
-        seen[subject.name] = subject
-        # Few pixels tell images apart; those that agree in them are compared whole.
-        sample = subject.image.flatten()[:: max(1, subject.image.numel() // 1024)].numpy().tobytes()
-        twin = images.setdefault(sample, subject)
-        if twin.person != subject.person and twin.image.equal(subject.image):
-            raise StudyError(
-                f"data set {data}: {twin.name} and {subject.name} are the same image of two persons, "
-                f"{twin.person} and {subject.person}, and would lie in two folds; remove one, or name one person"
             )
     if not any(subject.target.any() for subject in subjects):
         raise StudyError(f"data set {data}: expected instances, got nothing but background in all its subjects")
