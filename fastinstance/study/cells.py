@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import time
 import zlib
@@ -26,21 +25,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import __version__
-from ..ensemble import majority_vote, volume_ensemble
-from ..files import fingerprint, replacing
-from ..metrics import METRICS
-from .measure import CURVE, THRESHOLDS, binary, curve_of, measure, voxel_ml_of
-from .plan import Cell, DataSet, Ensemble, Evaluation, Plan
-from .splits import make_folds, split
-from .subjects import StudyError, Subject
+from fastinstance import __version__
+from fastinstance.ensemble import majority_vote, volume_ensemble
+from fastinstance.files import fingerprint as fingerprint_of_files
+from fastinstance.files import replacing
+from fastinstance.metrics import METRICS
+from fastinstance.study.batches import fingerprint
+from fastinstance.study.measure import CURVE, THRESHOLDS, binary, curve_of, measure, voxel_ml_of
+from fastinstance.study.plan import Cell, DataSet, Ensemble, Evaluation, Plan
+from fastinstance.study.splits import make_folds, split
+from fastinstance.study.subjects import StudyError, Subject
 
 __all__ = [
     "Derived",
     "cell_folder",
     "changes",
     "derived_of",
-    "digest",
     "load_subjects",
     "read_json",
     "run_cell",
@@ -95,7 +95,7 @@ def state(plan: Plan, out: Path, cell: Cell, subjects: str | None = None) -> tup
     """Where a cell stands, and, if it was made with another plan, what has changed.
 
     Args:
-        subjects: `digest` of the data set as it is now; None if it has not been looked at.
+        subjects: `batches.fingerprint` of the data set as it is now; None if it has not been looked at.
 
     Returns:
         "new", "begun", "trained" (only the evaluation has to be done, again), "done" or "changed".
@@ -114,17 +114,6 @@ def state(plan: Plan, out: Path, cell: Cell, subjects: str | None = None) -> tup
     return ("done" if (folder / "result.json").exists() else "begun"), []
 
 
-def digest(subjects: Sequence[Subject]) -> str:
-    """Changes with the subjects' names, persons, images and truth."""
-    every = hashlib.blake2b(digest_size=12)
-    for subject in subjects:
-        every.update(repr((subject.name, subject.person, subject.spacing, tuple(subject.image.shape))).encode())
-        for tensor in (subject.image, subject.labels, subject.valid):
-            if tensor is not None:
-                every.update(tensor.contiguous().numpy())
-    return every.hexdigest()
-
-
 def load_subjects(
     data: DataSet, cache: Path, *, skip_bad: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> list[Subject]:
@@ -133,7 +122,7 @@ def load_subjects(
     Raises:
         StudyError: they cannot be loaded.
     """
-    from . import data as sources
+    from fastinstance.study import data as sources
 
     try:
         return sources.load(data.settings, cache=cache, skip_bad=skip_bad, progress=progress)
@@ -143,7 +132,7 @@ def load_subjects(
 
 @lru_cache(maxsize=2)
 def _loaded(settings: str, name: str, cache: Path, skip_bad: bool) -> list[Subject]:
-    from . import data as sources
+    from fastinstance.study import data as sources
 
     del name
     return sources.load(json.loads(settings), cache=cache, skip_bad=skip_bad)
@@ -160,8 +149,8 @@ def run_cell(plan: Plan, cell: Cell, out: Path, *, skip_bad: bool = False) -> No
     Raises:
         StudyError: of the training, such as a loss that is not finite.
     """
-    from .config import RunConfig
-    from .training import load_network, predict, train
+    from fastinstance.study.config import RunConfig
+    from fastinstance.study.training import load_network, predict, resolve_device, train
 
     folder = cell_folder(out, cell)
     data = plan.data[cell.data]
@@ -172,7 +161,7 @@ def run_cell(plan: Plan, cell: Cell, out: Path, *, skip_bad: bool = False) -> No
         folder / "cell.json",
         {
             "cell": [cell.data, cell.loss, cell.seed, cell.fold],
-            "subjects": digest(subjects),
+            "subjects": fingerprint(subjects),
             "training": _plain(plan.training_key(cell)),
             "evaluation": _plain(plan.evaluation_key(cell)),
         },
@@ -180,12 +169,15 @@ def run_cell(plan: Plan, cell: Cell, out: Path, *, skip_bad: bool = False) -> No
     (folder / "result.json").unlink(missing_ok=True)
     began = time.perf_counter()
     config = RunConfig.from_table(plan.run_table(cell))
-    train(config, parts.train, parts.validation, folder / "run")
+    result = train(config, parts.train, parts.validation, folder / "run", progress=False)
+    if not result.finished:  # SIGTERM; everything is saved
+        raise SystemExit(0)
     trained = time.perf_counter()
-    network = load_network(folder / "run", "best")
+    torch.set_num_threads(config.training.threads or torch.get_num_threads())
+    network = load_network(folder / "run", "best", device=resolve_device(config.training.device))
 
     def probability(subject: Subject) -> Tensor:
-        return predict(network, subject).float().cpu()
+        return predict(network, subject, precision=config.training.precision)
 
     tuned = tuned_threshold(parts.validation, [probability(one) for one in parts.validation], data.evaluation)
     probabilities = [probability(one) for one in parts.test]
@@ -202,6 +194,7 @@ def run_cell(plan: Plan, cell: Cell, out: Path, *, skip_bad: bool = False) -> No
         "device": _device(network),
         "train": len(parts.train),
         "validation": len(parts.validation),
+        "epoch": result.best_epoch,
         "seconds": {"training": round(trained - began, 2), "test": round(time.perf_counter() - trained, 2)},
         "threshold": tuned,
         **_truth(parts.test),
@@ -345,7 +338,7 @@ class Derived:
 
     @property
     def print(self) -> str:
-        return fingerprint(self.inputs, [__version__, _plain(self.settings)])
+        return fingerprint_of_files(self.inputs, [__version__, _plain(self.settings)])
 
     def read(self) -> dict[str, Any] | None:
         """The result if it is there and still that of its cells."""

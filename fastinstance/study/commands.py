@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 
-from ..commands import SKIPPED
-from ..files import need, replacing
-from .cells import cell_folder, derived_of, digest, load_subjects, run_cell, state, write_json
-from .plan import Cell, Plan, read_plan
-from .results import Results, collect, read_results, results_of
-from .splits import check_subjects, make_folds, split
-from .subjects import StudyError, Subject
-from .workers import Stopped, Task, work
+from fastinstance.commands import SKIPPED
+from fastinstance.files import need, replacing
+from fastinstance.study.batches import fingerprint
+from fastinstance.study.cells import cell_folder, derived_of, load_subjects, run_cell, state, write_json
+from fastinstance.study.plan import Cell, Plan, read_plan
+from fastinstance.study.results import Results, collect, read_results, results_of
+from fastinstance.study.splits import make_folds, split
+from fastinstance.study.subjects import StudyError, Subject
+from fastinstance.study.workers import Stopped, Task, work
 
 __all__ = ["collect_results", "figures", "run", "table"]
 
@@ -97,7 +98,6 @@ def _load_all(plan: Plan, out: Path, names: Sequence[str], arguments: argparse.N
                 bar.update(done - bar.n)
 
             loaded[name] = load_subjects(data, out / "cache", skip_bad=arguments.skip_bad, progress=progress)
-        check_subjects(name, loaded[name])
         if data.trained_on:
             folds = make_folds(name, loaded[name], data.folds)
             for fold in plan.folds_of(name):
@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
             return 0
         used = [*plan.trained, *(str(plan.data[name].test_on) for name in plan.trained if plan.data[name].test_on)]
         loaded = _load_all(plan, out, list(dict.fromkeys(used)), arguments)
-        digests = {name: digest(subjects) for name, subjects in loaded.items()}
+        digests = {name: fingerprint(subjects) for name, subjects in loaded.items()}
         del loaded
         _refuse_changed(plan, out, cells, digests, retrain=arguments.retrain_changed)
         with replacing(out / "plan.toml") as part:
@@ -228,7 +228,7 @@ def collect_results(arguments: argparse.Namespace) -> int:
 
 def table(arguments: argparse.Namespace) -> int:
     """Prints the tables as Markdown and writes them as CSV."""
-    from .tables import make_tables, write_csv
+    from fastinstance.study.tables import make_tables, write_csv
 
     results, out = _results(arguments)
     folder = arguments.to or out / "tables"
@@ -248,7 +248,7 @@ def table(arguments: argparse.Namespace) -> int:
 
 def figures(arguments: argparse.Namespace) -> int:
     """Draws the figures as PNG."""
-    from .figures import FIGURES
+    from fastinstance.study.figures import FIGURES
 
     results, out = _results(arguments)
     folder = arguments.to or out / "figures"

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from ..files import replacing
-from ..metrics import VOLUME_EDGES, VOLUME_SUMS
-from ..overlay import FALSE, FOUND, MISSED, colour, paint
-from .outcomes import OUTCOMES, compare, mean_curves
-from .results import Results
-from .statistics import bootstrap_mean
+from fastinstance.files import replacing
+from fastinstance.metrics import VOLUME_EDGES, VOLUME_SUMS
+from fastinstance.overlay import FALSE, FOUND, MISSED, colour, paint
+from fastinstance.study.outcomes import OUTCOMES, compare, mean_curves
+from fastinstance.study.results import Results
+from fastinstance.study.statistics import bootstrap_mean
 
 __all__ = ["FIGURES"]
 

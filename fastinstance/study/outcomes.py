@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .measure import THRESHOLDS
-from .results import Results, mean_by_subject, numbers
-from .statistics import Interval, bootstrap_mean, holm, wilcoxon_signed_rank
+from fastinstance.study.measure import THRESHOLDS
+from fastinstance.study.results import Results, mean_by_subject, numbers
+from fastinstance.study.statistics import Interval, bootstrap_mean, holm, wilcoxon_signed_rank
 
 __all__ = ["OUTCOMES", "Comparison", "collapses", "compare", "mean_curves", "outcome", "precision_position"]
 

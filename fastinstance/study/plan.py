@@ -51,8 +51,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..metrics import METRICS
-from .subjects import StudyError
+from fastinstance.metrics import METRICS
+from fastinstance.study.subjects import StudyError
 
 __all__ = ["Cell", "DataSet", "Ensemble", "Evaluation", "Plan", "read_plan"]
 
@@ -156,12 +156,12 @@ class Plan:
         data = self.data[cell.data]
         table: dict[str, Any] = {"data": dict(data.settings), "loss": dict(self.losses[cell.loss])}
         table |= {name: dict(part) for name, part in data.run.items() if part}
-        table["training"] = {**table.get("training", {}), "seed": cell.seed}
+        table["training"] = {"min_size": data.evaluation.min_size, **table.get("training", {}), "seed": cell.seed}
         return table
 
     def training_key(self, cell: Cell) -> dict[str, Any]:
         """Everything that decides what a cell's network becomes; another value means another training."""
-        from .config import RunConfig
+        from fastinstance.study.config import RunConfig
 
         data = self.data[cell.data]
         folds = data.folds if isinstance(data.folds, int) else [list(fold) for fold in data.folds]
@@ -369,8 +369,8 @@ def _ensembles(value: Any, losses: Sequence[str]) -> tuple[Ensemble, ...]:
 
 def _check_runs(plan: Plan) -> None:
     """Every data set and every run that the plan asks for, as `fastinstance train` would check them."""
-    from . import data as sources
-    from .config import RunConfig, build_loss
+    from fastinstance.study import data as sources
+    from fastinstance.study.config import RunConfig, build_loss
 
     for data in plan.data.values():
         try:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .. import __version__
-from .cells import cell_folder, derived_of, read_json, state
-from .plan import Cell, Plan
-from .subjects import StudyError
+from fastinstance import __version__
+from fastinstance.study.cells import cell_folder, derived_of, read_json, state
+from fastinstance.study.plan import Cell, Plan
+from fastinstance.study.subjects import StudyError
 
 __all__ = ["Results", "collect", "read_results"]
 

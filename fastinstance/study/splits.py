@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .subjects import StudyError, Subject
+from fastinstance.study.batches import check_subjects
+from fastinstance.study.subjects import StudyError, Subject
 
-__all__ = ["Split", "check_subjects", "make_folds", "split"]
+__all__ = ["Split", "make_folds", "split"]
 
 
 @dataclass(frozen=True)
@@ -19,25 +20,6 @@ class Split:
     train: list[Subject]
     validation: list[Subject]
     test: list[Subject]
-
-
-def check_subjects(data: str, subjects: Sequence[Subject]) -> None:
-    """What a study needs of a data set beyond what `data.load` makes sure of.
-
-    Raises:
-        StudyError: numbers of channels that differ, nothing but background (or foreground).
-    """
-    first = subjects[0]
-    for subject in subjects:
-        if len(subject.image) != len(first.image):
-            raise StudyError(
-                f"data set {data}: expected images of one number of channels, got {len(first.image)} of {first.name} "
-                f"and {len(subject.image)} of {subject.name}"
-            )
-    if not any(subject.target.any() for subject in subjects):
-        raise StudyError(f"data set {data}: expected instances, got nothing but background in all its subjects")
-    if all(subject.target.all() for subject in subjects):
-        raise StudyError(f"data set {data}: expected background, got nothing but foreground in all its subjects")
 
 
 def make_folds(
@@ -57,21 +39,21 @@ def make_folds(
         # The test fold leaves at least one person to train on and one to validate on.
         if folds < 2 or len(persons) < max(folds, 3) or len(persons) - -(-len(persons) // folds) < 2:
             raise StudyError(
-                f"data set {data}: {folds} folds are impossible with {len(persons)} persons; expected at least 2 folds "
+                f"[data.{data}] {folds} folds are impossible with {len(persons)} persons; expected at least 2 folds "
                 "and in every one a person to test on, and two others to train on and to validate on"
             )
         order = np.random.default_rng(seed).permutation(len(persons))
         return [sorted(persons[index] for index in order[start::folds]) for start in range(folds)]
     given = [person for fold in folds for person in fold]
     if unknown := sorted(set(given) - set(persons)):
-        raise StudyError(f"data set {data}: folds name {unknown[0]}, who is not among its persons ({persons[0]}, ...)")
+        raise StudyError(f"[data.{data}] folds name {unknown[0]}, who is not among its persons ({persons[0]}, ...)")
     if twice := sorted({person for person in given if given.count(person) > 1}):
-        raise StudyError(f"data set {data}: {twice[0]} is in two folds; expected every person in one")
+        raise StudyError(f"[data.{data}] {twice[0]} is in two folds; expected every person in one")
     if lacking := sorted(set(persons) - set(given)):
-        raise StudyError(f"data set {data}: {lacking[0]} is in no fold; expected every person in one")
+        raise StudyError(f"[data.{data}] {lacking[0]} is in no fold; expected every person in one")
     if len(folds) < 2 or not all(folds) or len(persons) - max(map(len, folds)) < 2:
         raise StudyError(
-            f"data set {data}: expected at least 2 folds, none empty, and two persons outside of every fold "
+            f"[data.{data}] expected at least 2 folds, none empty, and two persons outside of every fold "
             f"to train on and to validate on, got folds of {', '.join(str(len(fold)) for fold in folds)}"
         )
     return [sorted(fold) for fold in folds]
@@ -89,7 +71,7 @@ def split(
     """Fold number `fold` is for testing; of the other persons the share `validation` (at least one) is for decisions.
 
     Raises:
-        StudyError: the persons left for training have no instance, or nothing else.
+        StudyError: a part has no instance (or nothing else), or subjects do not fit each other.
     """
     rest = [person for number, persons in enumerate(folds) if number != fold for person in persons]
     count = min(max(1, round(validation * len(rest))), len(rest) - 1)
@@ -101,6 +83,9 @@ def split(
         [subject for subject in subjects if subject.person in held],
         [subject for subject in subjects if subject.person in test],
     )
-    if not any(subject.target.any() for subject in parts.train):
-        raise StudyError(f"data set {data}, fold {fold}: the persons left to train on have no instance; use fewer folds")
+    for part in (parts.validation, parts.test):
+        try:
+            check_subjects(parts.train, part)
+        except StudyError as error:
+            raise StudyError(f"[data.{data}] fold {fold}: {error}") from error
     return parts

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
-from ..ranks import RANKED, rank_methods
-from .outcomes import OUTCOMES, collapses, compare
-from .results import Results, mean_by_subject
-from .statistics import Interval, bootstrap_mean
+from fastinstance.files import replacing
+from fastinstance.ranks import RANKED, rank_methods
+from fastinstance.study.outcomes import OUTCOMES, collapses, compare
+from fastinstance.study.results import Results, mean_by_subject
+from fastinstance.study.statistics import Interval, bootstrap_mean
 
 __all__ = ["Table", "make_tables", "write_csv"]
 

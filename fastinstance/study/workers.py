@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from .subjects import StudyError
+from fastinstance.study.subjects import StudyError
 
 __all__ = ["Outcome", "Stopped", "Task", "work"]
 
@@ -122,7 +122,7 @@ class _Worker:
         except EOFError:
             self.process.join()
             code = self.process.exitcode or 0
-            if code == 0:
+            if code in (0, -signal.SIGTERM):
                 return None
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             hint = "; it may have run out of memory: try fewer --jobs" if code == -signal.SIGKILL else ""

@@ -1,0 +1,57 @@
+"""Files of a run that are complete or not there: a run that is killed at any moment goes on from the last one."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastinstance.files import replacing
+from fastinstance.study.subjects import StudyError
+
+__all__ = ["load_checkpoint", "save_checkpoint", "write_safely"]
+
+
+def write_safely(path: Path, content: bytes) -> None:
+    """Replaces a file in one step, on the disk when this returns; after an error the old one is as it was.
+
+    Raises:
+        StudyError: the disk is full, or the file cannot be written for another reason.
+    """
+    try:
+        with replacing(path) as part, part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too
+        finally:
+            os.close(folder)
+    except OSError as error:
+        kept = "the one before is as it was" if path.exists() else "there is none yet"
+        raise StudyError(f"cannot write {path}: {error.strerror or error}; {kept}") from error
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Writes tensors and plain values, as `write_safely`."""
+    buffer = io.BytesIO()  # torch.save to a file turns a full disk into errors of its own
+    torch.save(state, buffer)
+    write_safely(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, on the CPU; no code in it is run.
+
+    Raises:
+        StudyError: no such file, or not such a checkpoint.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise StudyError(f"{path}: no such checkpoint") from error
+    except Exception as error:  # a damaged archive fails in many ways
+        raise StudyError(f"{path}: expected a checkpoint of fastinstance train, cannot be read ({error})") from error
