@@ -255,8 +255,8 @@ def add_study(commands: Any) -> None:
         "run",
         "run",
         "train and test every cell",
-        "Trains and tests every cell (data set × loss × seed × fold) that is not done. Cells that were stopped go on; a "
-        "cell that fails is named at the end and tried again the next time.",
+        "Trains and tests every cell (data set × loss × seed × fold) that is not done. Cells that were stopped go on; "
+        "a cell that fails is named at the end and tried again the next time.",
     )
     run.add_argument(
         "--jobs", type=whole(1), metavar="N", help="processes, each with training.threads (default: the GPUs, or 1)"

@@ -1,12 +1,12 @@
 """The cells of a study in their folders: run one, tell its state, and what is derived from several.
 
-    OUT/cells/<data>/<loss>/seed0-fold1/   cell.json         what decides it: data, run file, split, evaluation
-                                           run/              the training, as `fastinstance train` leaves it
-                                           predictions.npz   test predictions at 0.5, bits
-                                           result.json       complete when it is there
-                                           failed.json       why it failed the last time, log.txt beside it
-    OUT/votes/<data>/seed0.json                              majority of the folds on the second data set
-    OUT/ensembles/<data>/<ensemble>/seed0-fold1.json         volume ensemble of two losses
+OUT/cells/<data>/<loss>/seed0-fold1/   cell.json         what decides it: data, run file, split, evaluation
+                                       run/              the training, as `fastinstance train` leaves it
+                                       predictions.npz   test predictions at 0.5, bits
+                                       result.json       complete when it is there
+                                       failed.json       why it failed the last time, log.txt beside it
+OUT/votes/<data>/seed0.json                              majority of the folds on the second data set
+OUT/ensembles/<data>/<ensemble>/seed0-fold1.json         volume ensemble of two losses
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def subjects_of(data: DataSet, cache: Path, skip_bad: bool) -> list[Subject]:
     return _loaded(json.dumps(data.settings, sort_keys=True), data.name, cache, skip_bad)
 
 
-def run_cell(plan: Plan, cell: Cell, out: Path, *, skip_bad: bool = False) -> None:
+def run_cell(plan: Plan, cell: Cell, out: Path, skip_bad: bool) -> None:
     """Trains and tests a cell; goes on where an earlier attempt stopped.
 
     Raises:
@@ -296,7 +296,8 @@ def _picture(subjects: Sequence[Subject], masks: Sequence[Tensor]) -> dict[str, 
 
 def _write_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
     with replacing(path) as part, part.open("wb") as file:
-        np.savez_compressed(file, **{name: np.packbits(mask.numpy()) for name, mask in masks.items()})
+        arrays: dict[str, Any] = {name: np.packbits(mask.numpy()) for name, mask in masks.items()}
+        np.savez_compressed(file, **arrays)
 
 
 def _read_masks(path: Path, prefix: str, subjects: Sequence[Subject]) -> list[Tensor]:
@@ -349,7 +350,7 @@ class Derived:
 
     def make(self, plan: Plan, out: Path, skip_bad: bool) -> None:
         inputs = self.print
-        document = self.call(plan, *self.arguments, out, skip_bad=skip_bad)
+        document = self.call(plan, *self.arguments, out, skip_bad)
         write_json(self.path, {**document, "inputs": inputs})
 
 
@@ -392,7 +393,7 @@ def derived_of(plan: Plan, out: Path, done: Container[Cell]) -> Iterator[Derived
                 )
 
 
-def run_ensemble(plan: Plan, ensemble: Ensemble, cell: Cell, out: Path, *, skip_bad: bool = False) -> dict[str, Any]:
+def run_ensemble(plan: Plan, ensemble: Ensemble, cell: Cell, out: Path, skip_bad: bool) -> dict[str, Any]:
     """The ensemble of two losses on the test fold of a cell (whose own loss does not matter)."""
     data = plan.data[cell.data]
     subjects = subjects_of(data, out / "cache", skip_bad)
@@ -410,9 +411,7 @@ def run_ensemble(plan: Plan, ensemble: Ensemble, cell: Cell, out: Path, *, skip_
     }
 
 
-def run_vote(
-    plan: Plan, data_name: str, losses: Sequence[str], seed: int, out: Path, *, skip_bad: bool = False
-) -> dict[str, Any]:
+def run_vote(plan: Plan, data_name: str, losses: Sequence[str], seed: int, out: Path, skip_bad: bool) -> dict[str, Any]:
     """Majority vote of the folds on the second data set: these losses, and the ensembles of their votes."""
     data = plan.data[data_name]
     assert data.test_on is not None

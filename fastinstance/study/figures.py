@@ -30,7 +30,18 @@ GROUPS = (
     *(f"{low:g}–{high:g}" for low, high in pairwise(VOLUME_EDGES)),
     f"≥ {VOLUME_EDGES[-1]:g}",
 )
-_COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f")
+_COLOURS = (
+    "#1f77b4",
+    "#ff7f0e",
+    "#2ca02c",
+    "#d62728",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#17becf",
+    "#bcbd22",
+    "#7f7f7f",
+)
 _MARKERS = "osD^v<>PXh"
 Values = NDArray[np.float64]
 
@@ -179,9 +190,7 @@ def overlays(results: Results, path: Path) -> None:
             counts = f"{painted.found} found, {painted.missed} missed, {painted.false} false"
             axes.set_title(f"{cell['cell'][1]}: {counts}", fontsize=9)
     tints = (("found", FOUND), ("missed", MISSED), ("false", FALSE))
-    figure.legend(
-        handles=[Patch(color=tint, label=name) for name, tint in tints], loc="outside lower center", ncols=3
-    )
+    figure.legend(handles=[Patch(color=tint, label=name) for name, tint in tints], loc="outside lower center", ncols=3)
     _save(figure, path)
 
 

@@ -82,4 +82,3 @@ def curve_of(
         if metric is not None:
             values.append(float(plane_metrics(matches)[metric]))
     return np.array(rows, np.int64).reshape(-1, len(CURVE)), values
-

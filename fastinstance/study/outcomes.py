@@ -171,9 +171,7 @@ def compare(results: Results, data: str, name: str) -> list[Comparison]:
         p = wilcoxon_signed_rank(list(differences.values()), [person for person, _ in differences])
         unreached = _matched(results, data, loss)[1] if name == "small_at_precision" else 0
         value = _interval(mean_by_subject(ours))
-        found.append(
-            Comparison(data, loss, name, value, _interval(differences), p, _by_seed(ours, theirs), unreached)
-        )
+        found.append(Comparison(data, loss, name, value, _interval(differences), p, _by_seed(ours, theirs), unreached))
     adjusted = holm([one.p for one in found])
     return [Comparison(**{**vars(one), "p": p}) for one, p in zip(found, adjusted, strict=True)]
 

@@ -11,7 +11,7 @@
     source = "brain"
     subjects = 30
     test_on = "other"                 # also tested there, by majority vote of the folds
-    training = { epochs = 50 }        # in place of what [training] says; so too network, augmentation, evaluation, folds
+    training = { epochs = 50 }        # for what [training] says; so too network, augmentation, evaluation, folds
     [data.other]                      # named by a test_on: nothing is trained on it
     source = "nifti"
     folder = "scans"

@@ -169,5 +169,3 @@ def read_results(path: Path) -> Results:
     if not path.is_file():
         raise StudyError(f"{path}: no such file")
     return results_of(read_json(path), str(path))
-
-

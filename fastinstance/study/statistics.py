@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,8 @@ def _sums(values: Values, persons: Sequence[str]) -> tuple[Values, Values]:
     _, person = np.unique(np.asarray(persons, dtype=object).astype(str), return_inverse=True)
     there = ~np.isnan(values)
     count = int(person.max()) + 1 if len(person) else 0
-    sums = np.bincount(person, np.where(there, values, 0.0), count)
-    return sums, np.bincount(person, there.astype(float), count)
+    sums = np.bincount(person, np.where(there, values, 0.0), count).astype(np.float64)
+    return sums, np.bincount(person, there.astype(float), count).astype(np.float64)
 
 
 def person_means(values: Values, persons: Sequence[str]) -> Values:
@@ -77,7 +77,8 @@ def wilcoxon_signed_rank(differences: Sequence[float] | Values, persons: Sequenc
     if not means.any():
         return 1.0 if len(means) else float("nan")
     exact = len(means) <= 50 and len(np.unique(np.abs(means))) == len(means) and bool(means.all())
-    return float(wilcoxon(means, zero_method="pratt", method="exact" if exact else "asymptotic").pvalue)
+    result: Any = wilcoxon(means, zero_method="pratt", method="exact" if exact else "asymptotic")
+    return float(result.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -17,7 +17,8 @@ from fastinstance.study.statistics import Interval, bootstrap_mean
 __all__ = ["Table", "make_tables", "write_csv"]
 
 COLUMNS = {
-    "pq": "PQ", "dsc": "DSC", "vol_diff": "Vol.Diff (mL)", "fdr": "FDR", "fnr": "FNR", "ppv": "PPV", "sen": "SEN", "f1": "F1",
+    "pq": "PQ", "dsc": "DSC", "vol_diff": "Vol.Diff (mL)",
+    "fdr": "FDR", "fnr": "FNR", "ppv": "PPV", "sen": "SEN", "f1": "F1",
 }  # fmt: skip
 _MEANS = ("RA", "RG", "RI")
 _STORED = {"vol_diff": "vol_diff_ml"}  # where the name of a ranked metric is another
@@ -143,9 +144,7 @@ def _ensembles_and_votes(results: Results) -> list[Table]:
         votes = [vote for vote in results.votes if vote["vote"][0] == data]
         names = list(dict.fromkeys(name for vote in votes for name in vote["methods"]))
         methods = {
-            name: [
-                {**vote, "at": {"fixed": vote["methods"][name]}} for vote in votes if name in vote["methods"]
-            ]
+            name: [{**vote, "at": {"fixed": vote["methods"][name]}} for vote in votes if name in vote["methods"]]
             for name in names
         }
         if methods:
@@ -207,9 +206,7 @@ def _comparisons(results: Results) -> list[Table]:
             "Seeds: the mean difference with the least and the most favourable seed."
         )
         title = f"{data}, difference to {baseline}, paired by subject: mean [95 % interval]"
-        tables.append(
-            Table(5, part, title, header, [(loss, *cells) for loss, cells in by_loss.items()], records, note)
-        )
+        tables.append(Table(5, part, title, header, [(loss, *cells) for loss, cells in by_loss.items()], records, note))
     return tables
 
 

@@ -51,8 +51,8 @@ def work(tasks: Sequence[Task], jobs: int, devices: Sequence[str] = ()) -> Itera
     """Runs tasks in so many processes and yields their outcomes as they finish.
 
     A process that dies (killed, for want of memory perhaps) is the failure of its task alone: another takes its place.
-    Process number i sees the device i modulo their number alone (as CUDA_VISIBLE_DEVICES). SIGTERM and Ctrl-C are passed on, so
-    that trainings save their state before this raises `Stopped` or KeyboardInterrupt.
+    Process number i sees one device alone (as CUDA_VISIBLE_DEVICES), the i-th modulo their number. SIGTERM and Ctrl-C
+    are passed on, so that trainings save their state before this raises `Stopped` or KeyboardInterrupt.
     """
     waiting = list(reversed(tasks))
     workers: list[_Worker] = []
