@@ -58,6 +58,13 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(part, format="png")
 
 
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Of one panel, for all of them, beside them."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+
+
 def _style(results: Results, loss: str) -> dict[str, Any]:
     """The same colour and marker for a loss everywhere; the baseline is black."""
     if loss == results.baseline:
@@ -124,7 +131,7 @@ def found_by_size(results: Results, path: Path) -> None:
         for axes in row:
             axes.set_title(data)
             axes.set_ylim(-0.02, 1.02)
-        row[1].legend(fontsize=8)
+    _legend(figure, panels[0, 0])
     _save(figure, path)
 
 
@@ -152,7 +159,7 @@ def false_by_size(results: Results, path: Path) -> None:
         for axes in row:
             axes.set_title(data)
             axes.set_xlabel("volume of the predicted instance (mL)")
-        row[1].legend(fontsize=8)
+    _legend(figure, panels[0, 0])
     _save(figure, path)
 
 
@@ -223,7 +230,7 @@ def metrics_by_load(results: Results, path: Path) -> None:
             axes.set_ylabel(title)
             axes.set_title(data)
             axes.grid(alpha=0.3)
-        row[-1].legend(fontsize=7)
+    _legend(figure, panels[0, 0])
     _save(figure, path)
 
 
@@ -260,6 +267,7 @@ def differences(results: Results, path: Path) -> None:
                 axes.plot(one.by_seed, [place - 0.25] * len(one.by_seed), ".", color=style["color"], markersize=4)
             axes.axvline(0, color="black", linewidth=0.8)
             axes.set_yticks(range(len(found)), [one.loss for one in reversed(found)], fontsize=8)
+            axes.set_ylim(-0.6, max(len(found), 1) - 0.6)
             axes.set_title(OUTCOMES[name].replace(" at ", "\nat ", 1), fontsize=8)
             axes.set_xlabel(f"{data}: difference to {results.baseline}", fontsize=8)
             axes.grid(alpha=0.3, axis="x")
