@@ -12,6 +12,7 @@ OUT/ensembles/<data>/<ensemble>/seed0-fold1.json         volume ensemble of two 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import time
 import zlib
@@ -27,7 +28,6 @@ from torch import Tensor
 
 from fastinstance import __version__
 from fastinstance.ensemble import majority_vote, volume_ensemble
-from fastinstance.files import fingerprint as fingerprint_of_files
 from fastinstance.files import replacing
 from fastinstance.metrics import METRICS
 from fastinstance.study.batches import fingerprint
@@ -338,18 +338,22 @@ class Derived:
     """What else decides it."""
 
     @property
-    def print(self) -> str:
-        return fingerprint_of_files(self.inputs, [__version__, _plain(self.settings)])
+    def digest(self) -> str:
+        """Changes with the cells' results and the settings."""
+        every = hashlib.blake2b(json.dumps([__version__, _plain(self.settings)]).encode(), digest_size=12)
+        for path in self.inputs:
+            every.update(path.read_bytes())
+        return every.hexdigest()
 
     def read(self) -> dict[str, Any] | None:
         """The result if it is there and still that of its cells."""
         document = read_json(self.path)
-        if document is None or document.pop("inputs") != self.print:
+        if document is None or document.pop("inputs") != self.digest:
             return None
         return document
 
     def make(self, plan: Plan, out: Path, skip_bad: bool) -> None:
-        inputs = self.print
+        inputs = self.digest
         document = self.call(plan, *self.arguments, out, skip_bad)
         write_json(self.path, {**document, "inputs": inputs})
 
