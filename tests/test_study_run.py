@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -120,7 +121,7 @@ def study(*words):
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
-    """A study that two processes began, that was killed, and that one has finished: its plan, its folder, its output."""
+    """A study that two processes began, that was killed and then finished: plan, folder, cells before, output."""
     place = tmp_path_factory.mktemp("finished")
     plan, out = place / "plan.toml", place / "out"
     plan.write_text(PLAN.format(folder=folder))
@@ -378,12 +379,11 @@ def test_a_process_that_dies_is_one_failure(tmp_path):
         Task("prints", os.system, ("echo device $CUDA_VISIBLE_DEVICES",), tmp_path / "c"),
         Task("sleeps", time.sleep, (600,), tmp_path / "d"),
     ]
-    outcomes = {}
+    working = work(tasks, 1, ["3"])
+    outcomes = {one.name: one for one in itertools.islice(working, 3)}
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(Stopped):
-        for one in work(tasks, 1, ["3"]):
-            outcomes[one.name] = one
-            if one.name == "prints":
-                threading.Timer(0.5, signal.raise_signal, (signal.SIGTERM,)).start()
+        next(working)
     assert outcomes["is killed"].error == (
         "its process ended (killed by SIGKILL); it may have run out of memory: try fewer --jobs"
     )

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +164,12 @@ def _run_cells(
         Task(cell.name, run_cell, (plan, cell, out, arguments.skip_bad), cell_folder(out, cell) / "log.txt")
         for cell in todo
     ]
-    with _bar(len(tasks), "cells", "cell", quiet=arguments.quiet) as bar:
-        for outcome in work(tasks, jobs, devices):
+    # Closed at once on Ctrl-C too: its processes have saved their state before this returns.
+    with (
+        _bar(len(tasks), "cells", "cell", quiet=arguments.quiet) as bar,
+        closing(work(tasks, jobs, devices)) as outcomes,
+    ):
+        for outcome in outcomes:
             if outcome.error is not None:
                 failed[outcome.name] = outcome.error
                 write_json(

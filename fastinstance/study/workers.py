@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
@@ -19,6 +19,7 @@ from fastinstance.study.subjects import StudyError
 
 __all__ = ["Outcome", "Stopped", "Task", "work"]
 
+_GLANCE = 0.5  # seconds between two looks whether SIGTERM has come
 _PATIENCE = 60.0  # seconds that a process has to save what it does when it is asked to stop
 
 
@@ -47,7 +48,7 @@ class Outcome:
     trace: str = ""
 
 
-def work(tasks: Sequence[Task], jobs: int, devices: Sequence[str] = ()) -> Iterator[Outcome]:
+def work(tasks: Sequence[Task], jobs: int, devices: Sequence[str] = ()) -> Generator[Outcome, None, None]:
     """Runs tasks in so many processes and yields their outcomes as they finish.
 
     A process that dies (killed, for want of memory perhaps) is the failure of its task alone: another takes its place.
@@ -56,13 +57,15 @@ def work(tasks: Sequence[Task], jobs: int, devices: Sequence[str] = ()) -> Itera
     """
     waiting = list(reversed(tasks))
     workers: list[_Worker] = []
-    with _sigterm_raises():
+    with _sigterm() as asked:
         try:
             for number in range(min(jobs, len(tasks))):
                 workers.append(_Worker(devices[number % len(devices)] if devices else None))
                 workers[-1].give(waiting.pop())
             while busy := [worker for worker in workers if worker.task is not None]:
-                for ready in connection.wait([worker.pipe for worker in busy]):
+                if asked.is_set():
+                    raise Stopped
+                for ready in connection.wait([worker.pipe for worker in busy], _GLANCE):
                     worker = next(worker for worker in busy if worker.pipe is ready)
                     outcome = worker.outcome()
                     if outcome is None:  # it was stopped by someone else, and has saved its state
@@ -83,16 +86,15 @@ def work(tasks: Sequence[Task], jobs: int, devices: Sequence[str] = ()) -> Itera
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    def stop(number: int, frame: Any) -> None:
-        raise Stopped
-
+def _sigterm() -> Iterator[threading.Event]:
+    """Whether SIGTERM has come; outside of the main thread it is not listened to."""
+    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
     try:
-        yield
+        yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
 
