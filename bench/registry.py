@@ -15,6 +15,7 @@ SUITES = {
     "losses": "every loss on its own, beside MONAI's",
     "metrics": "instance-level metrics, beside panoptica and the loop reference",
     "table3": "the losses of the paper's Table 3 in all implementations (the paper's figures are those of their kind)",
+    "loop": "steps of `fastinstance train` with their batches, beside the network and the loss on a batch at hand",
     "training": "training steps of two networks with every loss",
     "scaling": "time against instances, pixels and planes",
 }

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_commands", "add_study", "whole"]
+__all__ = ["add_commands", "add_study", "add_train", "whole"]
 
 STUDY_PACKAGES = ("monai", "scipy", "matplotlib", "tqdm")  # what the study needs whatever its data
 EXIT_CODES = (
@@ -230,6 +230,44 @@ def add_commands(commands: Any) -> None:
     overlay.add_argument("--out", type=Path, required=True, metavar="PICTURE.png", help="picture to write")
     overlay.add_argument("--min-size", type=whole(0), default=0, metavar="PIXELS", help="smaller instances are ignored")
     _images(overlay)
+
+
+def add_train(commands: Any) -> None:
+    """Adds train to the subparsers of a parser."""
+    train = commands.add_parser(
+        "train",
+        allow_abbrev=False,
+        help="train a network with a loss, as a run file says",
+        description="Trains a network as RUN.toml says, and keeps run, curves and checkpoints in DIR. Killed or "
+        "stopped at any moment, the same command goes on to the same bits. Several GPUs: "
+        "torchrun --nproc-per-node N -m fastinstance train ...",
+        epilog="exit codes: 0 done, or stopped by SIGTERM and saved; 1 for the one reason shown; 2 bad arguments; "
+        "130 after Ctrl-C.",
+    )
+    train.add_argument("config", type=Path, metavar="RUN.toml", help="what to train; docs/study.md has all keys")
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of this run alone")
+    train.add_argument("--cache", type=Path, metavar="DIR", help="folder of prepared subjects, for many runs")
+    train.add_argument("--skip-bad", action="store_true", help="leave out subjects that cannot be used, naming them")
+    train.add_argument("--quiet", action="store_true", help="no progress bars")
+    train.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    missing = [package for package in ("monai", "tqdm") if find_spec(package) is None]
+    if missing:
+        print(
+            f"fastinstance: error: training needs {', '.join(missing)}: pip install 'fastinstance[study]'",
+            file=sys.stderr,
+        )
+        return 1
+    from fastinstance.study import runs
+    from fastinstance.study.subjects import StudyError
+
+    try:
+        return runs.run(arguments.config, arguments.out, arguments.cache, arguments.skip_bad, not arguments.quiet)
+    except StudyError as error:
+        print(f"fastinstance: error: {error}", file=sys.stderr)
+        return 1
 
 
 def add_study(commands: Any) -> None:

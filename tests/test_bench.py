@@ -61,6 +61,7 @@ def test_scenes_have_as_many_instances_as_they_say() -> None:
         ("scaling", "planes"),
         ("metrics", "overlap"),
         ("losses", ""),
+        ("loop", "U-Net"),
     ],
 )
 def test_suites(suite: str, only: str) -> None:

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from fastinstance.commands import SKIPPED
 from fastinstance.files import need, replacing
 from fastinstance.study.batches import fingerprint
 from fastinstance.study.cells import cell_folder, derived_of, load_subjects, run_cell, state, write_json
+from fastinstance.study.config import RunConfig
 from fastinstance.study.plan import Cell, Plan, read_plan
 from fastinstance.study.results import Results, collect, read_results, results_of
 from fastinstance.study.splits import make_folds, split
 from fastinstance.study.subjects import StudyError, Subject
+from fastinstance.study.training import check_run
 from fastinstance.study.workers import Stopped, Task, work
 
 __all__ = ["collect_results", "figures", "run", "table"]
@@ -86,6 +89,20 @@ def _refuse_changed(plan: Plan, out: Path, cells: Sequence[Cell], digests: dict[
     )
 
 
+def _check_runs(plan: Plan, out: Path, cells: Sequence[Cell]) -> None:
+    """Device, packages and network of the cells that are not done, before anything is loaded."""
+    seen: list[RunConfig] = []
+    for cell in cells:
+        config = RunConfig.from_table({**plan.run_table(cell), "loss": {}})
+        config = replace(config, training=replace(config.training, seed=0))
+        if config not in seen:
+            seen.append(config)
+            try:
+                check_run(config, out)
+            except StudyError as error:
+                raise StudyError(f"[data.{cell.data}] {error}") from error
+
+
 def _load_all(plan: Plan, out: Path, names: Sequence[str], arguments: argparse.Namespace) -> dict[str, list[Subject]]:
     """Loads and checks the data, and every split, before anything is trained."""
     loaded: dict[str, list[Subject]] = {}
@@ -127,6 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
             counts = Counter(stages.values())
             print(f"{len(cells)} cells in {out}: {', '.join(f'{n} {stage}' for stage, n in counts.items())}")
             return 0
+        _check_runs(plan, out, [cell for cell, stage in stages.items() if stage != "done"])
         used = [*plan.trained, *(str(plan.data[name].test_on) for name in plan.trained if plan.data[name].test_on)]
         loaded = _load_all(plan, out, list(dict.fromkeys(used)), arguments)
         digests = {name: fingerprint(subjects) for name, subjects in loaded.items()}

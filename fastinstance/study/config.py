@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import json
 import math
 import tomllib
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 import fastinstance
 from fastinstance import BlobLoss, GeneralizedDiceFocalLoss, InstanceLoss
-from fastinstance.functional import Settings
 from fastinstance.study.subjects import StudyError
 
 __all__ = [
@@ -421,17 +420,16 @@ class SumOfLosses(nn.Module):
 
 
 def named_terms(loss: nn.Module, input: Tensor, target: Tensor, **images: Tensor | None) -> dict[str, Tensor]:
-    """The terms of a loss that have a weight, unweighted; a loss without terms is its own."""
+    """What a loss adds up, by name; a loss without terms is its own only one."""
     if isinstance(loss, SumOfLosses):
-        found = [named_terms(one, input, target, **images) for one in loss.losses]
         return {
-            f"{type(one).__name__}.{name}": value
-            for one, terms in zip(loss.losses, found, strict=True)
-            for name, value in terms.items()
+            f"{type(one).__name__} {name}": weight * value
+            for weight, one in zip(loss.weights, loss.losses, strict=True)
+            for name, value in named_terms(one, input, target, **images).items()
         }
     if isinstance(loss, InstanceLoss | BlobLoss):
         weights, terms = loss.weights._asdict(), loss.terms(input, target, **images)._asdict()
-        return {name: value for name, value in terms.items() if weights[name]}
+        return {name: weights[name] * value for name, value in terms.items() if weights[name]}
     return {type(loss).__name__: loss(input, target, **images)}
 
 
@@ -461,14 +459,10 @@ def _build(name: str, options: Mapping[str, Any], process_group: str | None, whe
     kind = getattr(fastinstance, name)
     for reserved in OF_THE_TRAINING.intersection(options):
         raise StudyError(f"{where}: {reserved} is set by the training; leave it out")
-    known = {
-        name: None
-        for base in reversed(kind.__mro__[: kind.__mro__.index(nn.Module)])
-        for name, parameter in inspect.signature(base.__init__).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    known |= dict.fromkeys(one.name for one in dataclasses.fields(Settings))
-    refuse_unknown(options, [one for one in known if one not in OF_THE_TRAINING], f"in {where}", what="option")
+    hints = typing.get_type_hints(kind.__init__)
+    (further,) = typing.get_args(hints.pop("options"))  # **options: Unpack[a TypedDict]
+    known = [one for one in (*hints, *further.__annotations__) if one not in (*OF_THE_TRAINING, "return")]
+    refuse_unknown(options, known, f"in {where} of {name}", what="option")
     average = {"process_group": process_group} if issubclass(kind, InstanceLoss | BlobLoss) else {}
     try:
         return kind(sigmoid=True, **average, **options)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,15 +31,24 @@ from tqdm import tqdm
 from fastinstance.study.augment import Augmentation, Batch
 from fastinstance.study.batches import Batches, check_subjects, fingerprint
 from fastinstance.study.checkpoints import load_checkpoint, save_checkpoint, write_safely
-from fastinstance.study.config import SCORES, RunConfig, TrainingConfig, build_loss, build_pixel_loss, named_terms
+from fastinstance.study.config import (
+    SCORES,
+    RunConfig,
+    TrainingConfig,
+    build_loss,
+    build_pixel_loss,
+    named_terms,
+    read_config,
+)
 from fastinstance.study.evaluation import PRECISIONS, mean_scores, predict, scores
 from fastinstance.study.networks import SliceNetwork, build_network
 from fastinstance.study.subjects import StudyError, Subject
 
-__all__ = ["DivergedError", "Ranks", "TrainingResult", "load_network", "predict", "train"]
+__all__ = ["DivergedError", "Ranks", "Step", "TrainingResult", "check_run", "load_network", "predict", "train"]
 
+RUN_FILE = "run.toml"
 COLUMNS = ("epoch", "step", "learning_rate", "loss", *SCORES)
-WEIGHTS = 3  # what the random numbers of a step are for, beside those of `batches`: dropout
+DROPOUT = 3  # what random numbers of a step are for, beside those of `batches`
 
 
 class DivergedError(StudyError):
@@ -107,7 +117,24 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _check_hardware(config: TrainingConfig, device: torch.device, ranks: Ranks) -> None:
+def check_run(config: RunConfig, out: Path) -> torch.device:
+    """Whether this machine can do what a run asks for, and on which device; nothing is written.
+
+    Raises:
+        StudyError: a device or package that is missing, settings that exclude each other, or another run in `out`.
+    """
+    device = resolve_device(config.training.device)
+    _check_settings(config.training, device, Ranks())
+    if (out / RUN_FILE).exists():
+        changed = _differences(read_config(out / RUN_FILE).to_table(), config.to_table())
+        if changed:
+            raise StudyError(f"{out} holds another run ({changed[0]}); choose another folder")
+    Augmentation(config.augmentation)
+    build_network(config.network, 1)
+    return device
+
+
+def _check_settings(config: TrainingConfig, device: torch.device, ranks: Ranks) -> None:
     if config.graph and device.type != "cuda":
         raise StudyError(f"[training] graph: expected a CUDA device for a CUDA graph, got {device}; set graph = false")
     if config.graph and ranks.count > 1:
@@ -162,7 +189,7 @@ def _surroundings(config: TrainingConfig, device: torch.device) -> Iterator[None
         torch.set_num_threads(threads)
 
 
-class _Step:
+class Step:
     """Forward and backward pass; leaves the gradients in the parameters.
 
     Args:
@@ -241,26 +268,19 @@ class _Folder:
 
     def __init__(self, out: Path, config: RunConfig, ranks: Ranks) -> None:
         self.out, self.config, self.writes = out, config, ranks.rank == 0
-        self.best, self.last, self.run = out / "best.pt", out / "last.pt", out / "run.toml"
+        self.best, self.last, self.run = out / "best.pt", out / "last.pt", out / RUN_FILE
 
     def open(self) -> dict[str, Any] | None:
         """Where the run stands, if it was begun.
 
         Raises:
-            StudyError: the folder cannot be written, or holds another run.
+            StudyError: the folder cannot be written, or `last.pt` not be read.
         """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StudyError(f"cannot write to {self.out}: {error.strerror or error}") from error
-        if self.run.exists():
-            found = tomllib.loads(self.run.read_text(encoding="utf-8"))
-            changed = _differences(found, self.config.to_table())
-            if changed:
-                raise StudyError(
-                    f"{self.out} holds another run ({changed[0]}); choose another folder, or go on with its run.toml"
-                )
-        elif self.writes:
+        if self.writes and not self.run.exists():
             write_safely(self.run, self.config.to_toml().encode())
         return load_checkpoint(self.last) if self.last.exists() else None
 
@@ -319,9 +339,7 @@ def train(
         StudyError: the subjects, the settings or the folder cannot be used, or a file cannot be written.
         DivergedError: the loss or its gradient is not finite; the batch is in `failed.pt`.
     """
-    ranks = Ranks()
-    device = resolve_device(config.training.device)
-    _check_hardware(config.training, device, ranks)
+    device, ranks = check_run(config, out), Ranks()
     check_subjects(train, validation)
     with ExitStack() as stack:
         stack.enter_context(_surroundings(config.training, device))
@@ -363,6 +381,7 @@ class _Run:
         self.scaler = torch.amp.GradScaler(device.type) if self.settings.precision == "fp16" else None
         self.data = fingerprint(train, validation)
         self.epoch = self.step = 0
+        self.stopping = False
         self.loss_sum = 0.0
         self.rows: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"epoch": 0, "scores": {}}
@@ -414,15 +433,16 @@ class _Run:
                 f"{'goes on after' if self.step else 'begins at'} step {self.step} of {self.steps} on {self.device}, "
                 f"{self.ranks.count} process(es), {torch.get_num_threads()} threads, torch {torch.__version__}"
             )
-            take = _Step(self._trained_network(), settings, self.device, self.scaler)
+            take = Step(self._trained_network(), settings, self.device, self.scaler)
             writer = self._tensorboard(stack)
             bar = stack.enter_context(self._bar(progress))
             for epoch in range(begun, settings.epochs):
                 images, took = self._train_epoch(take, (epoch + 1) * self.batches.steps_per_epoch, bar)
                 trained, seconds = trained + images, seconds + took
-                if self.step < (epoch + 1) * self.batches.steps_per_epoch:
+                if self.step == (epoch + 1) * self.batches.steps_per_epoch:
+                    self._finish_epoch(writer, images / took if took else math.nan)
+                if self.stopping:
                     break
-                self._finish_epoch(writer, bar, images / took if took else math.nan)
         finished = self.epoch == settings.epochs
         if not finished:
             self._save()
@@ -440,9 +460,7 @@ class _Run:
     def _trained_network(self) -> nn.Module:
         network: Any = self.network
         if self.ranks.count > 1:
-            network = DistributedDataParallel(
-                network, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
-            )
+            network = DistributedDataParallel(network)
         if self.settings.compile:
             network = torch.compile(network)
         return network
@@ -466,7 +484,7 @@ class _Run:
 
         return stack.enter_context(SummaryWriter(str(self.folder.out / "tensorboard"), purge_step=self.epoch + 1))
 
-    def _train_epoch(self, take: _Step, end: int, bar: Any) -> tuple[int, float]:
+    def _train_epoch(self, take: Step, end: int, bar: Any) -> tuple[int, float]:
         """Steps until `end` or SIGTERM; slices and seconds of them."""
         self.network.train()
         start, first = time.perf_counter(), self.step
@@ -498,14 +516,15 @@ class _Run:
                 )
                 bar.update()
             if stopping:
+                self.stopping = True
                 break
         return (self.step - first) * self.batches.size, time.perf_counter() - start
 
     def _seed_dropout(self) -> None:
-        number = (self.settings.seed * self.steps + self.step) * self.ranks.count + self.ranks.rank
-        torch.manual_seed(number * 4 + WEIGHTS)
+        sequence = np.random.SeedSequence((self.settings.seed, DROPOUT, self.step, self.ranks.rank))
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
 
-    def _finish_epoch(self, writer: Any, bar: Any, speed: float) -> None:
+    def _finish_epoch(self, writer: Any, speed: float) -> None:
         """Validates, and saves what there is."""
         self.epoch += 1
         row: dict[str, float] = {
@@ -530,12 +549,9 @@ class _Run:
         shown = ", ".join(f"{name} {row[name]:.4f}" for name in ("loss", *SCORES) if name in row)
         self.folder.log(f"epoch {self.epoch}: {shown}; {speed:.1f} images/s")
         if writer is not None:
-            for name in COLUMNS[2:]:
-                if name in row:
-                    writer.add_scalar(
-                        f"validation/{name}" if name in SCORES else f"train/{name}", row[name], self.epoch
-                    )
-            writer.add_scalar("train/images_per_second", speed, self.epoch)
+            for name, value in {**row, "images_per_second": speed}.items():
+                if name not in ("epoch", "step"):
+                    writer.add_scalar(f"{'validation' if name in SCORES else 'training'}/{name}", value, self.epoch)
             writer.flush()
 
     def _save_best(self) -> None:
@@ -561,14 +577,15 @@ class _Run:
         ]
         return mean_scores(self.ranks.gather(mine))
 
-    def _fail(self, take: _Step, loss: nn.Module, batch: Batch, value: float) -> None:
+    def _fail(self, take: Step, loss: nn.Module, batch: Batch, value: float) -> None:
         """Saves what led to a loss that is not finite, and says what is wrong.
 
         Raises:
             DivergedError: always.
         """
         self._seed_dropout()
-        take.network = self.network  # without the other ranks, which may have nothing to say
+        take.network = self.network  # alone, as is the loss: the other ranks need not do the same
+        loss = self.pixel_loss if loss is self.pixel_loss else build_loss(self.config.loss)
         reason = _what_is_not_finite(take, loss, batch)
         path = self.folder.out / (f"failed-{self.ranks.rank}.pt" if self.ranks.count > 1 else "failed.pt")
         state = {
@@ -589,7 +606,7 @@ class _Run:
         raise DivergedError(text)
 
 
-def _what_is_not_finite(take: _Step, loss: nn.Module, batch: Batch) -> str:
+def _what_is_not_finite(take: Step, loss: nn.Module, batch: Batch) -> str:
     """In words: weights, the network's output, terms of the loss, or gradients of terms."""
     images, labels, valid = batch
     if not all(bool(one.isfinite().all()) for one in take.parameters):

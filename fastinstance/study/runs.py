@@ -1,0 +1,87 @@
+"""The command `fastinstance train`: a run file, its subjects, and the processes of torchrun."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from fastinstance.study import data
+from fastinstance.study.batches import split
+from fastinstance.study.config import RunConfig, read_config
+from fastinstance.study.subjects import StudyError, Subject
+from fastinstance.study.training import Ranks, check_run, resolve_device, train
+
+__all__ = ["load_subjects", "run", "torchrun"]
+
+
+@contextmanager
+def torchrun(device: torch.device) -> Iterator[None]:
+    """Joins the processes of torchrun, where there are several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def load_subjects(
+    config: RunConfig, *, cache: Path | None = None, skip_bad: bool = False, progress: bool = False
+) -> tuple[list[Subject], list[Subject]]:
+    """Training and validation subjects of a run.
+
+    Raises:
+        StudyError: as `data.load`; or there is one person only.
+    """
+
+    def load(settings: Mapping[str, Any], what: str) -> list[Subject]:
+        with tqdm(desc=what, unit="subject", disable=not progress, file=sys.stderr) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            return data.load(settings, cache=cache, skip_bad=skip_bad, progress=show)
+
+    subjects = load(config.data, "subjects")
+    if not isinstance(config.validation, Mapping):
+        return split(subjects, config.validation, config.training.seed)
+    return subjects, load(config.validation, "validation")
+
+
+def run(path: Path, out: Path, cache: Path | None, skip_bad: bool, progress: bool) -> int:
+    """Trains as a run file says; the exit code.
+
+    Raises:
+        StudyError: anything that the user can mend, and a loss that is not finite.
+    """
+    config = read_config(path)
+    if not config.data:
+        raise StudyError(f'{path}: expected a table [data] with a source such as "brain", got none')
+    for table in (config.data, config.validation):
+        if isinstance(table, Mapping):
+            data.check(table)
+    with torchrun(resolve_device(config.training.device)):
+        check_run(config, out)
+        first = Ranks().rank == 0
+        subjects = load_subjects(config, cache=cache, skip_bad=skip_bad, progress=progress and first)
+        result = train(config, *subjects, out, progress=progress)
+    if first:
+        if not result.finished:
+            print(f"stopped after {result.epochs} epochs; the same command goes on")
+        elif result.best_epoch:
+            metric = config.training.metric
+            print(f"best {metric} {result.best[metric]:.4f} at epoch {result.best_epoch}: {out / 'best.pt'}")
+    return 0
