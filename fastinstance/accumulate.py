@@ -126,6 +126,8 @@ class InstanceMetrics(_Base):
         check_summary(confidence, resamples)
         if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
             raise ValueError(f"expected channels to be an integer >= 1, got {channels!r}")
+        if spacing is not None:
+            voxel_volume(spacing, len(spacing) if isinstance(spacing, Sequence) else 3)
         super().__init__(**options)
         self.channels = channels
         self.spacing = spacing

@@ -467,7 +467,8 @@ def ensemble(arguments: argparse.Namespace) -> int:
                     made[name] = prints[name]
                 else:
                     failed[name] = error
-                    _say(f"skipped {name}: {error}", bar)
+                    old = f"; {outputs[name]} is of an earlier run" if outputs[name].exists() else ""
+                    _say(f"skipped {name}: {error}{old}", bar)
                 bar.update()
     finally:
         save()

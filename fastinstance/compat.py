@@ -123,7 +123,13 @@ class _AuthorsLoss(nn.Module):
         unknown = sorted(parameters.keys() - set(known))
         if unknown:
             raise TypeError(f"expected parameters among {', '.join(known)}, got {', '.join(unknown)}")
-        self._set({name: value for name, value in parameters.items() if value is not None})
+        given = {name: value for name, value in parameters.items() if value is not None}
+        before = {name: getattr(self, "reduce" if name == "reduce_segmentation" else name) for name in given}
+        try:
+            self._set(given)
+        except (TypeError, ValueError):
+            self._set(before)
+            raise
 
     def _activate(self, outputs: Tensor) -> Tensor:
         """What the instance terms see: probabilities, or 0 and 1 as constants of the gradient."""

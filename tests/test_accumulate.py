@@ -127,6 +127,8 @@ def test_settings_are_checked_at_once(new: Any) -> None:
         ({"resamples": 0}, "resamples"),
         ({"channels": 0}, "channels"),
         ({"min_size": -1}, "min_size"),
+        ({"spacing": -1}, "spacing"),
+        ({"spacing": (3, 1, 0)}, "spacing"),
     ):
         with pytest.raises(ValueError, match=word):
             new(**wrong)

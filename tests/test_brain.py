@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -113,3 +114,46 @@ def test_a_nilearn_without_the_template_is_named(monkeypatch, forget_template, t
     monkeypatch.setattr(brain, "find_spec", lambda name: spec)
     with pytest.raises(FileNotFoundError, match="no MNI152 template"):
         brain.generate(0)
+
+
+def test_a_later_visit_shows_the_same_person(subjects):
+    first, visits = subjects[1], [brain.generate((0, 1), visit=visit) for visit in range(3)]
+    for one, other in zip(first, visits[0], strict=True):
+        np.testing.assert_array_equal(one, other)
+    for before, after in pairwise(visits):
+        np.testing.assert_array_equal(before.white, after.white)
+        assert not (before.lesions & ~after.lesions).any(), "lesions persist"
+        volume, later = (visit.lesions.sum() * brain.VOXEL_ML for visit in (before, after))
+        assert 1.03 * volume < later < 1.4 * volume
+        inside = before.image > -3
+        noise = (after.image - before.image)[inside & ~after.lesions]
+        assert 0.05 < noise.std() < 1, "it is another scan"
+        assert np.corrcoef(before.image[inside], after.image[inside])[0, 1] > 0.7
+
+
+def test_between_visits_lesions_grow_and_appear():
+    still = brain.LesionRecipe(growing=0, new_count=0)
+    growing = brain.LesionRecipe(growing=1, growth=(0.3, 0.3), new_count=0)
+    appearing = brain.LesionRecipe(growing=0, new_count=15)
+    first = brain.generate(3).lesions
+
+    def added(recipe):
+        """Voxels that are new, and how many of the components they belong to have nothing of the first visit."""
+        later = brain.generate(3, recipe=recipe, visit=1).lesions
+        assert not (first & ~later).any()
+        labels, count = ndimage.label(later, np.ones((3, 3, 3)))
+        old = np.unique(labels[first])
+        return int(later.sum() - first.sum()), count - len(old)
+
+    assert added(still) == (0, 0)
+    voxels, appeared = added(growing)
+    assert voxels > 0.1 * first.sum()
+    assert appeared <= 0.2 * ndimage.label(first, np.ones((3, 3, 3)))[1]  # too small to be seen before
+    voxels, appeared = added(appearing)
+    assert 0 < voxels < 0.3 * first.sum()
+    assert 5 <= appeared <= 30
+
+
+def test_a_negative_visit_is_refused():
+    with pytest.raises(ValueError, match="expected a visit of at least 0, got -1"):
+        brain.generate(0, visit=-1)

@@ -404,7 +404,9 @@ def test_ensemble_of_single_files_and_classes(tmp_path: Path, capsys: pytest.Cap
     assert "one value of the foreground, got 1 in some files and 255 in others" in capsys.readouterr().err
     wide = save(tmp_path / "wide.npy", np.array([[300, 0, 0, 0, 0, 0, 0, 0]]))
     assert run("ensemble", small, wide, out) == 3
-    assert "uint8 cannot hold 300" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "uint8 cannot hold 300" in said
+    assert f"{out} is of an earlier run" in said
 
 
 def picture_of(path: Path) -> np.ndarray[Any, Any]:

@@ -533,6 +533,9 @@ def test_parameters_are_printed_and_edited(capsys: pytest.CaptureFixture[str]) -
     assert make(compat.InstanceCenterLoss, max_cc_out=3).max_cc_out == 3
     with pytest.raises(TypeError, match=r"expected parameters among .*, got max_cc"):
         loss.edit_parameters(max_cc=3)
+    with pytest.raises(ValueError, match="spatial_dims"):
+        loss.edit_parameters(max_cc_out=5, spatial_dims=4, loss_function_center=torch.nn.MSELoss())
+    assert (loss.max_cc_out, loss.spatial_dims, loss.loss_function_center) == (0, 2, lovasz), "all or nothing"
 
 
 def test_pixel_losses_of_the_library_are_criteria_too() -> None:

@@ -76,8 +76,8 @@ def load(
 
     Raises:
         StudyError: as `check`; a subject that is unreadable, constant, not finite, of mismatched shape or affine, or a
-            duplicate, whose truth is empty (where that is not allowed) or covers all that is annotated; a cache that
-            cannot be written.
+            duplicate, or whose truth is empty or covers all that is annotated (where that is not allowed); no
+            instance in all subjects; a cache that cannot be written.
     """
     source = _source(settings)
     items = _items(source)
@@ -104,6 +104,8 @@ def load(
             progress(done, len(items))
     if not subjects:
         raise StudyError(f"data: none of the {len(items)} subjects can be used")
+    if not any(subject.target.any() for subject in subjects):
+        raise StudyError(f"data: expected instances to learn, got none in all {len(subjects)} subjects")
     return subjects
 
 
@@ -164,7 +166,7 @@ def _subject(item: Item, source: Source, cache: Path | None, digests: dict[Path,
         raise StudyError("nothing in it is annotated")
     if not item.allow_empty and not annotated.any():
         raise StudyError("its truth is empty; set allow_empty = true to use it nevertheless")
-    if annotated.all():
+    if not item.allow_empty and annotated.all():
         raise StudyError("its truth covers all that is annotated: there is no background")
     return subject
 
@@ -208,9 +210,10 @@ def _fitted(volume: NDArray[Any], size: Sequence[int], fill: Any) -> NDArray[Any
 def _standardised(image: NDArray[Any]) -> NDArray[np.float32]:
     """Every channel of `image` [C, Z, Y, X] with mean 0 and variance 1."""
     values = image.astype(np.float64)
+    largest = np.abs(values).max(axis=(1, 2, 3), keepdims=True)
     values -= values.mean(axis=(1, 2, 3), keepdims=True)
     deviation = values.std(axis=(1, 2, 3), keepdims=True)
-    constant = np.flatnonzero(deviation <= 1e-9 * np.abs(image).max())
+    constant = np.flatnonzero(deviation <= 1e-9 * largest)  # no more than rounding
     if len(constant):
         which = "its image" if len(image) == 1 else f"channel {constant[0] + 1} of its image"
         raise StudyError(f"{which} is constant")
@@ -264,7 +267,7 @@ def _store(subject: Subject, path: Path) -> None:
 def _restored(item: Item, path: Path) -> Subject | None:
     """What was stored there; None if there is nothing, or it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             labels = torch.from_numpy(arrays["labels"].astype(np.int32))
             z, y, x = arrays["spacing"].tolist()
             return Subject(

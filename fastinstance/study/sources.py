@@ -7,6 +7,7 @@ subjects have in common (checks, components, normalisation, cache) is in `data.p
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from fastinstance.study.subjects import StudyError
 
 __all__ = ["SOURCES", "Item", "Scan", "Source"]
 
+_NUMBER = (int, float)
 ORIENTATIONS = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
 """Axes of a right-anterior-superior volume in the order slice, row, column."""
 
@@ -58,7 +60,7 @@ class Item:
     instances: bool = False
     """The truth holds ids: nothing is labelled."""
     allow_empty: bool = False
-    """There may be no instance at all."""
+    """The truth may be all background, or all instance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +144,14 @@ class Brain(Source):
         for name, value in self.recipe.items():
             if name not in defaults:
                 raise StudyError(f"data.recipe: unknown key {name!r}, expected some of {', '.join(defaults)}")
-            if isinstance(defaults[name], tuple):
-                right = _all_of(value, (int, float), 2) and 0 <= value[0] <= value[1]
-                expected = "[low, high], two numbers of at least 0"
+            if not isinstance(defaults[name], tuple):
+                right, expected = _all_of([value], _NUMBER) and 0 <= value < math.inf, "a number of at least 0"
+            elif name.endswith("_volume"):
+                right = _all_of(value, _NUMBER, 2) and 0 < value[0] < math.inf and 0 <= value[1] < math.inf
+                expected = "[median in mL, standard deviation of the logarithm]"
             else:
-                right = _all_of([value], (int, float)) and value >= 0
-                expected = "a number of at least 0"
+                right = _all_of(value, _NUMBER, 2) and 0 <= value[0] <= value[1] < math.inf
+                expected = "[low, high], numbers of at least 0"
             if not right:
                 raise StudyError(f"data.recipe: expected {name} as {expected}, got {value!r}")
         given: dict[str, Any] = {n: tuple(v) if isinstance(v, Sequence) else v for n, v in self.recipe.items()}
@@ -164,11 +168,14 @@ class Brain(Source):
         width = max(3, len(str(self.subjects - 1)))
 
         def generate(number: int, visit: int) -> Scan:
-            made = brain.generate((self.seed, number), slices=self.slices, recipe=recipe, visit=visit)
+            try:
+                made = brain.generate((self.seed, number), slices=self.slices, recipe=recipe, visit=visit)
+            except ValueError as error:  # more lesions than there are places
+                raise StudyError(f"cannot be generated with this recipe: {error}") from error
             return Scan(made.image[None], made.lesions.astype(np.uint8), brain.SPACING)
 
         def item(number: int, visit: int) -> Item:
-            person = f"brain-{number:0{width}}"
+            person = f"brain-{self.seed}-{number:0{width}}"
             options = {"version": brain.VERSION, "seed": [self.seed, number], "visit": visit, "slices": self.slices}
             return Item(
                 name=person if self.visits == 1 else f"{person}-visit-{visit + 1}",
@@ -176,6 +183,7 @@ class Brain(Source):
                 files=template,
                 options=options | {"recipe": dataclasses.asdict(recipe)},
                 read=partial(generate, number, visit),
+                allow_empty=True,
             )
 
         return [item(number, visit) for number in range(self.subjects) for visit in range(self.visits)]
@@ -372,7 +380,8 @@ class _Nifti(Source):
         _require_flag(self, "allow_empty")
         if self.orientation not in ORIENTATIONS:
             raise StudyError(f"data: expected orientation as {', '.join(ORIENTATIONS)}, got {self.orientation!r}")
-        if self.spacing is not None and not (_all_of(self.spacing, (int, float), 3) and min(self.spacing) > 0):
+        sizes = self.spacing
+        if sizes is not None and not (_all_of(sizes, _NUMBER, 3) and min(sizes) > 0 and max(sizes) < math.inf):
             raise StudyError(f"data: expected spacing as three numbers above 0, in mm, got {self.spacing!r}")
 
     def _item(self, name: str, person: str, images: Sequence[Path], mask: Path, values: _Values) -> Item:
@@ -412,7 +421,7 @@ class _Nifti(Source):
             sizes = volumes[0].spacing
             assert sizes is not None
             spacing = tuple(sizes[axis] for axis in order)
-        if not all(np.isfinite(spacing)) or min(spacing) <= 0:
+        if not (min(spacing) > 0 and max(spacing) < math.inf):
             raise FileError(f"{volumes[0].path}: expected voxel sizes above 0, got {spacing}; set spacing")
         return Scan(image, truth, (spacing[0], spacing[1], spacing[2]), ~skipped if skipped.any() else None)
 
@@ -422,9 +431,9 @@ def _to_anatomy(volume: Volume, wanted: tuple[int, int, int]) -> tuple[tuple[int
     orientations = files.need("nibabel.orientations", "reading NIfTI files")
     affine = volume.affine
     assert affine is not None
-    found = orientations.io_orientation(affine) if np.isfinite(affine).all() else np.full((3, 2), np.nan)
-    if not np.isfinite(found).all():
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
         raise FileError(f"{volume.path}: expected an affine that gives every axis a direction, got {affine.tolist()}")
+    found = orientations.io_orientation(affine)
     axis_of = {int(anatomical): axis for axis, (anatomical, _) in enumerate(found)}
     order = tuple(axis_of[anatomical] for anatomical in wanted)
     return order, tuple(i for i, axis in enumerate(order) if found[axis, 1] < 0)
