@@ -1,4 +1,4 @@
-"""The command line: `fastinstance demo | evaluate | rank | ensemble | overlay | train`."""
+"""The command line: `fastinstance demo | evaluate | rank | ensemble | overlay | train | study`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from fastinstance.arguments import add_commands, add_train, whole
+from fastinstance.arguments import add_commands, add_study, add_train, whole
 
 DEMO_LOSSES = ("false", "ici", "proximity", "blob", "instance")
 DEMO_PACKAGES = ("monai", "nilearn", "nibabel", "scipy", "matplotlib", "tqdm")  # the extra `demo`
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     add_commands(commands)
     add_train(commands)
+    add_study(commands)
     return parser
 
 

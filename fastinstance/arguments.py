@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_commands", "add_train", "whole"]
+__all__ = ["add_commands", "add_study", "add_train", "whole"]
 
+STUDY_PACKAGES = ("monai", "scipy", "matplotlib", "tqdm")  # what the study needs whatever its data
 EXIT_CODES = (
     "exit codes: 0 all done; 1 nothing done, for the one reason shown; 2 bad arguments; "
     "3 done, but some pairs were reported and skipped; 130 after Ctrl-C"
@@ -66,6 +67,30 @@ def _run(name: str):
         try:
             return getattr(commands, name)(arguments)
         except files.FileError as error:
+            print(f"fastinstance: error: {error}", file=sys.stderr)
+            return 1
+
+    return run
+
+
+def _study(name: str):
+    """Runs a command of `fastinstance.study.commands`, imported only now."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        missing = [package for package in STUDY_PACKAGES if find_spec(package) is None]
+        if missing:
+            print(
+                f"fastinstance: error: the study needs {', '.join(missing)}: pip install 'fastinstance[study]'",
+                file=sys.stderr,
+            )
+            return 1
+        from fastinstance.files import FileError
+        from fastinstance.study import commands
+        from fastinstance.study.subjects import StudyError
+
+        try:
+            return getattr(commands, name)(arguments)
+        except (StudyError, FileError) as error:
             print(f"fastinstance: error: {error}", file=sys.stderr)
             return 1
 
@@ -243,3 +268,54 @@ def _train(arguments: argparse.Namespace) -> int:
     except StudyError as error:
         print(f"fastinstance: error: {error}", file=sys.stderr)
         return 1
+
+
+def add_study(commands: Any) -> None:
+    """Adds study, with its own commands, to the subparsers of a parser."""
+    study = commands.add_parser(
+        "study",
+        allow_abbrev=False,
+        help="compare losses by cross-validation: run a plan, print its tables, draw its figures",
+        description="Sections 3 and 4 of the paper: losses × data sets × seeds × folds, from one TOML file.",
+    )
+    parts = study.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    codes = "exit codes: 0 all done; 1 nothing done, for the one reason shown; 2 bad arguments; "
+    codes += "3 done, but some cells failed or are missing; 130 after Ctrl-C."
+
+    def part(name: str, function: str, summary: str, description: str) -> argparse.ArgumentParser:
+        parser = parts.add_parser(name, allow_abbrev=False, help=summary, description=description, epilog=codes)
+        parser.add_argument("plan", type=Path, metavar="PLAN.toml", help="the study; docs/study.md says what is in it")
+        parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the study (default: runs/NAME)")
+        parser.set_defaults(run=_study(function))
+        return parser
+
+    run = part(
+        "run",
+        "run",
+        "train and test every cell",
+        "Trains and tests every cell (data set × loss × seed × fold) that is not done. Cells that were stopped go on; "
+        "a cell that fails is named at the end and tried again the next time.",
+    )
+    run.add_argument(
+        "--jobs", type=whole(1), metavar="N", help="processes, each with training.threads (default: the GPUs, or 1)"
+    )
+    run.add_argument("--collect", type=Path, metavar="FILE.json", help="then write all results into one file")
+    run.add_argument("--retrain-changed", action="store_true", help="train cells whose settings changed again")
+    run.add_argument("--skip-bad", action="store_true", help="leave out subjects that cannot be read")
+    run.add_argument("--dry-run", action="store_true", help="list the cells and where they stand")
+    run.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    collect = part(
+        "collect",
+        "collect_results",
+        "write all results into one small file",
+        "From this file, tables and figures can be made without the cells.",
+    )
+    collect.add_argument("file", type=Path, metavar="FILE.json", help="to write")
+
+    table = part("table", "table", "print the tables", "Prints the tables as Markdown, and writes them as CSV.")
+    figures = part("figures", "figures", "draw the figures", "Draws the figures as PNG.")
+    for parser, kind in ((table, "tables"), (figures, "figures")):
+        parser.add_argument("--results", type=Path, metavar="FILE.json", help="of `collect`, in place of the cells")
+        parser.add_argument("--to", type=Path, metavar="DIR", help=f"folder to write to (default: {kind} in --out)")
+    table.add_argument("--only", type=whole(1), metavar="N", help="this table alone")

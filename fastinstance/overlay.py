@@ -38,10 +38,16 @@ def paint(
     *,
     connectivity: int | None = None,
     min_size: int = 0,
+    target_labels: NDArray[np.integer] | None = None,
 ) -> Painted:
-    """Found instances, with the predictions that hit them, missed ones and false ones; all arrays `[*S]`, 2D or 3D."""
+    """Found instances, with the predictions that hit them, missed ones and false ones; all arrays `[*S]`, 2D or 3D.
+
+    `target_labels` are annotated ids, 1, 2, ..., in place of the components of the target.
+    """
     sides = [torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (target, pred)]
     ids = [label(side, connectivity=connectivity, min_size=min_size)[0] for side in sides]
+    if target_labels is not None:
+        ids[0] = torch.from_numpy(target_labels.astype(np.int64))[None, None]
     matches = match_instances(ids[1] > 0, ids[0] > 0, target_labels=ids[0], pred_labels=ids[1])
     t, q = (side[0, 0].long().numpy() for side in ids)
     found, hit = (np.concatenate([[False], side.matched.numpy()]) for side in (matches.target, matches.pred))
