@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,8 @@ def _run(name: str):
     return run
 
 
-def _study(name: str):
-    """Runs a command of `fastinstance.study.commands`, imported only now."""
+def _study(name: str, module: str = "commands"):
+    """Runs a command of a module of `fastinstance.study`, imported only now."""
 
     def run(arguments: argparse.Namespace) -> int:
         missing = [package for package in STUDY_PACKAGES if find_spec(package) is None]
@@ -85,9 +86,9 @@ def _study(name: str):
             )
             return 1
         from fastinstance.files import FileError
-        from fastinstance.study import commands
         from fastinstance.study.subjects import StudyError
 
+        commands = import_module(f"fastinstance.study.{module}")
         try:
             return getattr(commands, name)(arguments)
         except (StudyError, FileError) as error:
@@ -249,25 +250,7 @@ def add_train(commands: Any) -> None:
     train.add_argument("--cache", type=Path, metavar="DIR", help="folder of prepared subjects, for many runs")
     train.add_argument("--skip-bad", action="store_true", help="leave out subjects that cannot be used, naming them")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
-    train.set_defaults(run=_train)
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    missing = [package for package in ("monai", "tqdm") if find_spec(package) is None]
-    if missing:
-        print(
-            f"fastinstance: error: training needs {', '.join(missing)}: pip install 'fastinstance[study]'",
-            file=sys.stderr,
-        )
-        return 1
-    from fastinstance.study import runs
-    from fastinstance.study.subjects import StudyError
-
-    try:
-        return runs.run(arguments.config, arguments.out, arguments.cache, arguments.skip_bad, not arguments.quiet)
-    except StudyError as error:
-        print(f"fastinstance: error: {error}", file=sys.stderr)
-        return 1
+    train.set_defaults(run=_study("run", "runs"))
 
 
 def add_study(commands: Any) -> None:

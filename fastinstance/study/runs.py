@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -61,22 +62,24 @@ def load_subjects(
     return subjects, load(config.validation, "validation")
 
 
-def run(path: Path, out: Path, cache: Path | None, skip_bad: bool, progress: bool) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Trains as a run file says; the exit code.
 
     Raises:
         StudyError: anything that the user can mend, and a loss that is not finite.
     """
-    config = read_config(path)
+    out, progress = arguments.out, not arguments.quiet
+    config = read_config(arguments.config)
     if not config.data:
-        raise StudyError(f'{path}: expected a table [data] with a source such as "brain", got none')
+        raise StudyError(f'{arguments.config}: expected a table [data] with a source such as "brain", got none')
     for table in (config.data, config.validation):
         if isinstance(table, Mapping):
             data.check(table)
+    loading = {"cache": arguments.cache, "skip_bad": arguments.skip_bad}
     with torchrun(resolve_device(config.training.device)):
         check_run(config, out)
         first = Ranks().rank == 0
-        subjects = load_subjects(config, cache=cache, skip_bad=skip_bad, progress=progress and first)
+        subjects = load_subjects(config, **loading, progress=progress and first)
         result = train(config, *subjects, out, progress=progress)
     if first:
         if not result.finished:

@@ -117,7 +117,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def check_run(config: RunConfig, out: Path) -> torch.device:
+def check_run(config: RunConfig, out: Path | None = None) -> torch.device:
     """Whether this machine can do what a run asks for, and on which device; nothing is written.
 
     Raises:
@@ -125,7 +125,7 @@ def check_run(config: RunConfig, out: Path) -> torch.device:
     """
     device = resolve_device(config.training.device)
     _check_settings(config.training, device, Ranks())
-    if (out / RUN_FILE).exists():
+    if out is not None and (out / RUN_FILE).exists():
         changed = _differences(read_config(out / RUN_FILE).to_table(), config.to_table())
         if changed:
             raise StudyError(f"{out} holds another run ({changed[0]}); choose another folder")
