@@ -194,7 +194,8 @@ class Step:
 
     Args:
         network: as it is trained, compiled or distributed.
-        losses: of the warm-up and of the rest, of logits.
+        config: its precision, and whether a step is a CUDA graph.
+        device: of the network.
         scaler: of the loss; without one it is not scaled.
     """
 
@@ -255,6 +256,7 @@ class _Graph:
     def __init__(self, step: Callable[[Batch], Tensor], batch: Batch, parameters: list[nn.Parameter]) -> None:
         self.batch = batch.map(torch.clone)
         self.parameters = parameters
+        random = torch.cuda.get_rng_state()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -265,11 +267,14 @@ class _Graph:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.value = step(self.batch)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise StudyError(
                 f"[training] graph: this step cannot be a CUDA graph ({str(error).splitlines()[0]}); set graph = false"
             ) from error
         self.gradients = [one.grad for one in parameters]
+        torch.cuda.set_rng_state(random)  # as if only this step had drawn from it
 
     def __call__(self, batch: Batch) -> Tensor:
         for mine, new in zip(self.batch, batch, strict=True):
