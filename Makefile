@@ -22,10 +22,10 @@ notebooks: $(VENV)/ready
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[notebooks]"
 	$(RUN) notebooks/execute.py
 
-$(VENV)/ready: pyproject.toml constraints.txt tests/nnunet.txt
+$(VENV)/ready: pyproject.toml constraints.txt tests/no-deps.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	$(RUN) -m pip install --quiet --no-deps --requirement tests/nnunet.txt
+	$(RUN) -m pip install --quiet --no-deps --requirement tests/no-deps.txt
 	touch $@
 
 clean:
