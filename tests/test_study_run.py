@@ -345,6 +345,15 @@ def test_tables_and_figures_need_one_file_only(finished, tmp_path, capsys):
     assert re.findall(r"\*\*Table (\w+)\.\*\*", printed) == ["4A", "4B"]
 
 
+def test_tables_need_no_data(finished, folder, tmp_path):
+    (folder / "main").rename(folder / "elsewhere")
+    try:
+        assert study("table", finished[0], "--out", finished[1], "--to", tmp_path) == 0
+        assert study("run", finished[0], "--out", tmp_path) == 1
+    finally:
+        (folder / "elsewhere").rename(folder / "main")
+
+
 def test_a_results_file_belongs_to_its_plan(finished, plan, tmp_path, capsys):
     assert study("collect", finished[0], tmp_path / "r.json", "--out", finished[1]) == 0
     plan.write_text(plan.read_text().replace("epochs = 1", "epochs = 2"))
@@ -415,7 +424,7 @@ BAD = [
     ("folds = 2", 'folds = [["person0"], 3]', "expected folds to be a number or lists of the persons"),
     ("validation = 0.4", "validation = 1", "expected validation to be a number between 0 and 1"),
     ("folds = 2", 'folds = 2\nbaseline = "GFD"', "baseline names 'GFD', which is not in the plan; did you mean GDF?"),
-    ('"DetectionLoss"', '"DetectoinLoss"', "[losses.Detection] on little: [loss] name"),
+    ('"DetectionLoss"', '"DetectoinLoss"', "little with Detection: [loss] name"),
     ('"DetectionLoss"', '"DetectionLoss"\noptions = { fales_gt = 2 }', "did you mean false_gt?"),
     (
         '[losses.GDF]\nname = "GeneralizedDiceFocalLoss"\n[losses.Detection]\nname = "DetectionLoss"',

@@ -132,7 +132,7 @@ def _load_all(plan: Plan, out: Path, names: Sequence[str], arguments: argparse.N
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains and tests every cell of a plan that is not done yet."""
-    plan = read_plan(arguments.plan)
+    plan = read_plan(arguments.plan, to_run=True)
     out = _out(arguments, plan)
     cells = list(plan.cells())
     with _alone(out):

@@ -240,7 +240,10 @@ def curves(results: Results, path: Path) -> None:
     for axes, data in zip(panels[0], results.data, strict=True):
         for loss in _losses(results, data):
             every = [mean_curves(cell) for cell in results.of(data, loss)]
-            small, precision = (np.nanmean([pair[side] for pair in every], axis=0) for side in (0, 1))
+            every = [pair for pair in every if not np.isnan(pair[0]).any()]
+            if not every:
+                continue  # no subject has small instances
+            small, precision = np.mean(every, axis=0)
             thresholds = next(results.of(data, loss))["curve"]["thresholds"]
             style = _style(results, loss)
             half = thresholds.index(0.5)

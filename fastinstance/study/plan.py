@@ -176,8 +176,13 @@ class Plan:
         return {**asdict(data.evaluation), "test_on": other}
 
 
-def read_plan(path: Path) -> Plan:
-    """Reads and checks a plan: every key, the losses, networks and data settings; nothing is loaded.
+def read_plan(path: Path, *, to_run: bool = False) -> Plan:
+    """Reads and checks a plan.
+
+    Args:
+        path: of the TOML file.
+        to_run: check that it could be run here too: data settings, losses, networks; nothing is loaded. Without it
+            tables can be made where the data are not.
 
     Raises:
         StudyError: one line that says what is wrong.
@@ -191,7 +196,8 @@ def read_plan(path: Path) -> Plan:
         raise StudyError(f"{path} is not a TOML file: {error}") from error
     try:
         plan = _plan_of(table)
-        _check_runs(plan)
+        if to_run:
+            _check_runs(plan)
     except StudyError as error:
         raise StudyError(f"{path}: {error}") from error
     return plan
@@ -387,4 +393,4 @@ def _check_runs(plan: Plan) -> None:
         try:
             build_loss(RunConfig.from_table(table).loss)
         except StudyError as error:
-            raise StudyError(f"[losses.{cell.loss}] on {cell.data}: {error}") from error
+            raise StudyError(f"{cell.data} with {cell.loss}: {error}") from error
