@@ -42,7 +42,7 @@ def paint(
 ) -> Painted:
     """Found instances, with the predictions that hit them, missed ones and false ones; all arrays `[*S]`, 2D or 3D.
 
-    `target_labels` are annotated ids, 1, 2, ..., in place of the components of the target.
+    `target_labels` are annotated ids, 1, 2, ..., in place of the components of the target; all of them count.
     """
     sides = [torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (target, pred)]
     ids = [label(side, connectivity=connectivity, min_size=min_size)[0] for side in sides]

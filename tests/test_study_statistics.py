@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastinstance.metrics import VOLUME_EDGES, instance_metrics
+from fastinstance.overlay import paint
 from fastinstance.study import cells, outcomes, results
 from fastinstance.study.measure import CURVE, THRESHOLDS, binary, curve_of, measure
 from fastinstance.study.plan import Evaluation
@@ -236,6 +237,7 @@ def made(*documents, failed=None):
             "baseline": "base",
             "ensembles_of_losses": [],
             "data": ["d"],
+            "min_size": {"d": 0},
             "small_ml": {"d": 0.05},
             "collapse": {"d": 0.1},
             "cells": list(documents),
@@ -314,3 +316,10 @@ def test_tables_say_what_the_results_say(tmp_path):
     assert float(rows[1]["pq_low"]) == pytest.approx(0.5)
     assert rows[1]["collapsed"] == "2"
     assert "+0.350 [+0.350, +0.350], p 0.500, seeds +0.300 to +0.400" in tables[5].markdown()
+
+
+def test_touching_nuclei_are_told_apart_in_pictures():
+    ids = np.array([[1, 1, 2, 2], [0, 0, 0, 0]])
+    picture = paint(np.zeros((2, 4)), np.array([[1, 0, 0, 0], [0, 0, 0, 0]]) > 0, ids > 0, target_labels=ids)
+    assert (picture.found, picture.missed, picture.false) == (1, 1, 0)
+    np.testing.assert_array_equal(picture.layer[0], [1, 1, 3, 3])

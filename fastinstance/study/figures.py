@@ -154,6 +154,7 @@ def false_by_size(results: Results, path: Path) -> None:
         _lines(results, row[1], data, lambda sums: _ratio(sums["n_pred"] - sums["hit"], sums["n_pred"]), used)
         row[0].set_ylabel("false instances a subject")
         row[0].set_yscale("symlog", linthresh=1)
+        row[0].set_ylim(bottom=0)
         row[1].set_ylabel("share of the predicted instances that is false")
         row[1].set_ylim(-0.02, 1.02)
         for axes in row:
@@ -192,7 +193,7 @@ def overlays(results: Results, path: Path) -> None:
         for axes, cell in zip(places, one["cells"], strict=False):
             bits = _unpacked(cell["picture"]["prediction"], np.uint8)
             mask = np.unpackbits(bits, count=truth.size).astype(bool).reshape(shape)
-            painted = paint(image, mask, truth > 0, target_labels=truth)
+            painted = paint(image, mask, truth > 0, target_labels=truth, min_size=results.min_size[data])
             axes.imshow(colour(painted.image, painted.layer, 0, 255))
             counts = f"{painted.found} found, {painted.missed} missed, {painted.false} false"
             axes.set_title(f"{cell['cell'][1]}: {counts}", fontsize=9)

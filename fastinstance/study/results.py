@@ -36,6 +36,7 @@ class Results:
     baseline: str
     ensembles_of_losses: tuple[str, ...]
     data: tuple[str, ...]
+    min_size: Mapping[str, int]
     small_ml: Mapping[str, float]
     collapse: Mapping[str, float]
     cells: Sequence[Mapping[str, Any]]
@@ -125,6 +126,7 @@ def collect(plan: Plan, out: Path) -> dict[str, Any]:
         "baseline": plan.baseline,
         "ensembles_of_losses": [ensemble.name for ensemble in plan.ensembles],
         "data": plan.trained,
+        "min_size": {name: data.evaluation.min_size for name, data in plan.data.items()},
         "small_ml": {name: data.evaluation.small_ml for name, data in plan.data.items()},
         "collapse": {name: data.evaluation.collapse for name, data in plan.data.items()},
         "cells": cells,
@@ -150,6 +152,7 @@ def results_of(document: Mapping[str, Any], where: str) -> Results:
         baseline=document["baseline"],
         ensembles_of_losses=tuple(document["ensembles_of_losses"]),
         data=tuple(document["data"]),
+        min_size=document["min_size"],
         small_ml=document["small_ml"],
         collapse=document["collapse"],
         cells=document["cells"],
