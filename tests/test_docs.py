@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,3 +41,21 @@ def test_the_integrations(block: int, needs: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(blocks("integrations.md")[block])
     run(script)
+
+
+def test_the_run_and_the_plan_of_the_study_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("monai")
+    from fastinstance.study.config import RunConfig
+    from fastinstance.study.plan import read_plan
+
+    data, run_file, plan = blocks("study.md", "toml")
+    assert tomllib.loads(data)["data"]["source"] == "brain"
+    shown = tomllib.loads(run_file)
+    assert RunConfig.from_table(shown).to_table()["training"] == shown["training"], "every key is shown"
+    for number in range(3):
+        for kind in ("image", "mask"):
+            (tmp_path / "scans" / f"{number}").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "scans" / f"{number}" / f"{kind}.nii.gz").touch()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.toml").write_text(plan)
+    assert len(list(read_plan(tmp_path / "plan.toml").cells())) == 1 * 2 * 3 * 2
