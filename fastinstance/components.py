@@ -12,17 +12,24 @@ from torch import Tensor
 
 from .backend import backend_for
 
-__all__ = ["components_at", "drop_small", "foreground", "label_planes"]
+__all__ = ["components_at", "divide", "drop_small", "foreground", "label_planes"]
 
 # Where joining runs is faster than labelling the image: at most one pixel in so many is foreground, and starts a run.
-_FEW, _SPARSE = 8, 100
+_FEW, _SPARSE = 8, 64
 
 
 def foreground(mask: Tensor) -> Tensor:
-    """Ascending flat indices of the true pixels of a mask; int64."""
+    """Ascending flat indices of what is not zero; int64."""
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.flatten().nonzero().squeeze(1)
+
+
+def divide(values: Tensor, by: int) -> Tensor:
+    """Quotients of integers, rounded down; on the CPU torch takes three times as long as numpy."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(values.numpy() // by)
+    return values // by
 
 
 def components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:

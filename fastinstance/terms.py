@@ -68,6 +68,11 @@ class Features(NamedTuple):
     target_area: Tensor  # [N, 2] float64 pixels of the same parts
     pred_area: Tensor  # [M, 2]
 
+    @classmethod
+    def of(cls, part: Partition, table: Tensor) -> Features:
+        """From the sums over the cells, `[cells, columns]`."""
+        return cls(*part.by_side(table), *part.areas)
+
 
 def _pad(table: Tensor, rows: int) -> Tensor:
     """Zero rows for the artificial instances, which have no pixels."""
