@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +57,14 @@ class Side:
     def padded_count(self) -> Tensor:
         """[K + artificial] float64 pixels; an artificial instance has none."""
         return torch.cat([self.count, self.count.new_zeros(self.rows - self.real)]).double()
+
+
+class _Runs(NamedTuple):
+    """Runs of pixels in instances of one side, each of one row of an image; R of them."""
+
+    row: Tensor  # [R] int64, of the instance
+    length: Tensor  # [R] int64
+    begin: tuple[Tensor, ...]  # [R] int64 along each axis, the first pixel
 
 
 @dataclass(frozen=True)
@@ -102,24 +112,27 @@ class Partition:
         return _coordinates(self.pixels, self.size)
 
     @cached_property
-    def _runs(self) -> tuple[Tensor, Tensor]:
-        """Runs of listed pixels of a row that are in one cell: position of the first, and length; int64."""
-        begins = torch.ones_like(self.pixels, dtype=torch.bool)
-        torch.ne(self.pixels.diff(), 1, out=begins[1:])
-        begins[1:] |= self.cell[1:] != self.cell[:-1]
-        length = self.size[-1]
-        rows = torch.arange(0, len(self.target.per_plane) * math.prod(self.size), length, device=self.pixels.device)
-        at = torch.searchsorted(self.pixels, rows)
-        begins[at[at < len(begins)]] = True
-        first = foreground(begins)
-        return first, first.diff(append=first.new_tensor([len(begins)]))
+    def _runs(self) -> tuple[_Runs, _Runs]:
+        """Runs of pixels of a row that are in one cell, of target and of pred."""
+        pixels, cell = self.pixels.cpu().numpy(), self.cell.cpu().numpy()
+        begins = np.ones(len(pixels), dtype=bool)
+        np.not_equal(np.diff(pixels), 1, out=begins[1:])
+        begins[1:] |= cell[1:] != cell[:-1]
+        row_starts = np.arange(0, len(self.target.per_plane) * math.prod(self.size), self.size[-1])
+        begins[np.searchsorted(pixels, row_starts[row_starts <= pixels[-1:].max(initial=-1)])] = True
+        first = np.flatnonzero(begins)
+        length = np.diff(first, append=len(pixels))
 
-    def _runs_of(self, side: Side) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Of the runs in instances of a side: row, length, and the coordinates of the first pixel."""
-        first, length = self._runs
-        label = side.label[first]
-        own = foreground(label > 0)
-        return label[own] - 1, length[own], _coordinates(self.pixels[first[own]], self.size)
+        def of(side: Side) -> _Runs:
+            label = side.label.cpu().numpy()[first]
+            own = np.flatnonzero(label)
+            at = _coordinates(torch.from_numpy(pixels[first[own]]), self.size)
+            row, run, *begin = (
+                x.to(self.pixels.device) for x in map(torch.as_tensor, (label[own] - 1, length[own], *at))
+            )
+            return _Runs(row, run, tuple(begin))
+
+        return of(self.target), of(self.pred)
 
     def boxes(self, side: Side) -> tuple[Tensor, Tensor]:
         """Tight boxes [lower, upper) of all rows of a side, two float64 tensors [K + artificial, axes].
@@ -128,7 +141,7 @@ class Partition:
         """
         lower = torch.empty((side.rows, len(self.size)), dtype=torch.float64, device=self.pixels.device)
         upper = torch.empty_like(lower)
-        row, run, begin = self._runs_of(side)
+        row, run, begin = self._runs[side is self.pred]
         end = (*(position + 1 for position in begin[:-1]), begin[-1] + run)
         for axis, length in enumerate(self.size):
             lower[: side.real, axis] = (
@@ -165,7 +178,7 @@ class Partition:
 
     def coordinate_sums(self, side: Side) -> Tensor:
         """Σx of each instance along each axis; int64 [K, axes]."""
-        row, run, begin = self._runs_of(side)
+        row, run, begin = self._runs[side is self.pred]
         sums = [position * run for position in begin]
         sums[-1] += run * (run - 1) // 2
         return torch.stack([side.count.new_zeros(side.real).index_add_(0, row, values) for values in sums], 1)
