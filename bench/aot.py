@@ -49,6 +49,7 @@ class Variant:
     pixels: int  # of one program; 0 where the work is not per pixel
     types: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of arguments that differ from `signature`
     registers: int | None = None  # of a thread, at most
+    aligned: frozenset[str] | None = None  # arguments that are known to be multiples of 16; None: all pointers
 
     def signature(self) -> dict[str, str]:
         """Argument -> type, for the kernel's arguments in their order."""
@@ -120,16 +121,28 @@ _TYPES = {
 
 def _variant(name: str, kernel: Any, arguments: Mapping[str, Any], warps: int, registers: int | None) -> Variant:
     """What Triton would compile for these arguments."""
-    constants, types = {}, {}
+    constants, types, aligned = {}, {}, set()
     for parameter in kernel.params:
         value = arguments[parameter.name]
+        multiple = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if multiple and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
+            aligned.add(parameter.name)
         if parameter.is_constexpr or value is None:
             constants[parameter.name] = value
         elif isinstance(value, torch.Tensor):
             types[parameter.name] = _TYPES[value.dtype]
         else:
             types[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-    return Variant(name, kernel, constants, warps, constants.get("ROWS", 0) * launch.WORD, types, registers)
+    return Variant(
+        name,
+        kernel,
+        constants,
+        warps,
+        constants.get("ROWS", 0) * launch.WORD,
+        types,
+        registers,
+        frozenset(aligned - constants.keys()),
+    )
 
 
 @contextlib.contextmanager
@@ -267,7 +280,10 @@ def region_variants() -> Iterator[Variant]:
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     """The compiled kernel; `.asm` holds every stage. Pointers are 16-byte aligned, as those of torch are."""
     signature = variant.signature()
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    known = variant.aligned
+    if known is None:
+        known = {name for name, kind in signature.items() if kind[0] == "*"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in known}
     source = ASTSource(variant.kernel, signature, constexprs=dict(variant.constants), attrs=aligned)
     options = {"num_warps": variant.warps, "maxnreg": variant.registers}
     return triton.compile(source, target=target, options=options)
