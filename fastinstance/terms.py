@@ -305,8 +305,9 @@ def _draw_boxes(
         inside = np.ones_like(flat, dtype=bool)
         for axis, (length, side_length) in enumerate(zip(part.size, window, strict=True)):
             at = corner[begin:end, axis] + np.arange(side_length)[:, None]
-            inside = (inside[:, None] & ((at >= 0) & (at < length))).reshape(-1, end - begin)
-            flat = (flat[:, None] * length + at).reshape(-1, end - begin)
+            shape = len(flat) * side_length, end - begin
+            inside = (inside[:, None] & ((at >= 0) & (at < length))).reshape(shape)
+            flat = (flat[:, None] * length + at).reshape(shape)
         row = np.broadcast_to(np.arange(begin, end, dtype=np.int32), flat.shape)
         return flat[inside], row[inside]
 
