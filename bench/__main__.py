@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     aot = commands.add_parser("aot", parents=[common], help="what the compiled kernels need, without a GPU")
     aot.add_argument("--target", action="append", help="sm_80, sm_90, sm_100, gfx942 (default: all of them)")
 
+    aot.add_argument("--report", action="store_true", help="only the table of bench/NOTES.md, of sm_90")
+
     compare = commands.add_parser("compare", help="fail if figures of B are worse than those of A")
     compare.add_argument("old", type=Path, metavar="A.json")
     compare.add_argument("new", type=Path, metavar="B.json")
@@ -136,6 +138,10 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError("README.md lacks the figures of the newest results; run `python -m bench readme`")
             if not options.check:
                 path.write_text(wanted)
+        elif options.command == "aot" and options.report:
+            from .aot import report
+
+            print(report())
         else:
             _measure(options)
     except ValueError as error:

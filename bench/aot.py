@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -49,6 +49,7 @@ class Variant:
     pixels: int  # of one program; 0 where the work is not per pixel
     types: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of arguments that differ from `signature`
     registers: int | None = None  # of a thread, at most
+    aligned: frozenset[str] | None = None  # arguments that are known to be multiples of 16; None: all pointers
 
     def signature(self) -> dict[str, str]:
         """Argument -> type, for the kernel's arguments in their order."""
@@ -120,16 +121,28 @@ _TYPES = {
 
 def _variant(name: str, kernel: Any, arguments: Mapping[str, Any], warps: int, registers: int | None) -> Variant:
     """What Triton would compile for these arguments."""
-    constants, types = {}, {}
+    constants, types, aligned = {}, {}, set()
     for parameter in kernel.params:
         value = arguments[parameter.name]
+        multiple = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if multiple and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
+            aligned.add(parameter.name)
         if parameter.is_constexpr or value is None:
             constants[parameter.name] = value
         elif isinstance(value, torch.Tensor):
             types[parameter.name] = _TYPES[value.dtype]
         else:
             types[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-    return Variant(name, kernel, constants, warps, constants.get("ROWS", 0) * launch.WORD, types, registers)
+    return Variant(
+        name,
+        kernel,
+        constants,
+        warps,
+        constants.get("ROWS", 0) * launch.WORD,
+        types,
+        registers,
+        frozenset(aligned - constants.keys()),
+    )
 
 
 @contextlib.contextmanager
@@ -267,7 +280,10 @@ def region_variants() -> Iterator[Variant]:
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     """The compiled kernel; `.asm` holds every stage. Pointers are 16-byte aligned, as those of torch are."""
     signature = variant.signature()
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    known = variant.aligned
+    if known is None:
+        known = {name for name, kind in signature.items() if kind[0] == "*"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in known}
     source = ASTSource(variant.kernel, signature, constexprs=dict(variant.constants), attrs=aligned)
     options = {"num_warps": variant.warps, "maxnreg": variant.registers}
     return triton.compile(source, target=target, options=options)
@@ -277,8 +293,8 @@ def _binary(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def nvidia_resources(compiled: Any) -> Row:
-    """Registers, memory and instructions of a cubin, from the tools in the Triton wheel."""
+def _machine_code(compiled: Any) -> tuple[str, str]:
+    """Resource usage and assembly of a cubin, from the tools in the Triton wheel."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = os.path.join(folder, "kernel.cubin")
         Path(cubin).write_bytes(compiled.asm["cubin"])
@@ -286,8 +302,78 @@ def nvidia_resources(compiled: Any) -> Row:
             subprocess.run([_binary(tool), option, cubin], capture_output=True, text=True, check=True).stdout
             for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
-    # `/*0a40*/  @!P0 LDG.E.STRONG.GPU R4, ...`: address, predicate, operation
-    operations = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
+    return usage, code
+
+
+class Instruction(NamedTuple):
+    """One line of SASS."""
+
+    operation: str  # with its modifiers: LDG.E.128
+    guarded: bool  # it has a predicate
+    goes_to: str | None  # label of a branch
+
+
+# `/*0a40*/  @!P0 LDG.E.STRONG.GPU R4, ...`: address, predicate, operation; `.L_x_1:` is a label.
+_SASS = re.compile(
+    r"^(?P<label>\.L_\w+):|^\s+/\*[0-9a-f]+\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<operation>[A-Z][A-Z0-9_.]*)(?P<rest>.*)",
+    re.MULTILINE,
+)
+
+
+def instructions(code: str) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions of a disassembled kernel without padding, and where each label is among them."""
+    found, labels = [], {}
+    for line in _SASS.finditer(code):
+        if line["label"]:
+            labels[line["label"]] = len(found)
+        elif not line["operation"].startswith("NOP"):
+            branch = line["operation"].split(".")[0] == "BRA"
+            target = re.search(r"\.L_\w+", line["rest"]) if branch else None
+            found.append(Instruction(line["operation"], line["guard"] is not None, target[0] if target else None))
+    return found, labels
+
+
+def shortest(found: list[Instruction], labels: Mapping[str, int]) -> list[Instruction]:
+    """The fewest instructions from the entry to an exit: what a program does that finds nothing to do."""
+    before: dict[int, int] = {0: -1}
+    queue = collections.deque([0])
+    while queue:
+        at = queue.popleft()
+        here = found[at]
+        if here.operation.startswith("EXIT"):
+            path = []
+            while at >= 0:
+                path.append(found[at])
+                at = before[at]
+            return path[::-1]
+        following = [] if here.goes_to and not here.guarded else [at + 1]
+        following += [labels[here.goes_to]] if here.goes_to else []
+        for place in following:
+            if place < len(found) and place not in before:
+                before[place] = at
+                queue.append(place)
+    raise ValueError("expected a kernel that ends")
+
+
+def access_bytes(operation: str) -> int:
+    """Bytes of a lane that a load, store or atomic of global memory moves; 0 for other instructions."""
+    if operation.split(".")[0] not in ("LDG", "STG", "ATOMG", "ATOM", "RED", "REDG"):
+        return 0
+    sizes = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    return next((size for part, size in sizes.items() if part in operation.split(".")), 4)
+
+
+def resident_warps(registers: int, shared: int, warps: int) -> int:
+    """Warps that a multiprocessor of sm_90 can hold: 64, in at most 32 programs, of 64 Ki registers and 227 KiB."""
+    of_warp = -(-registers * 32 // 256) * 256  # registers are given out 256 at a time, from a quarter of them each
+    programs = min(32, 64 // warps, 4 * (16384 // of_warp) // warps, (227 << 10) // (shared + 1024))
+    return programs * warps
+
+
+def nvidia_resources(compiled: Any) -> Row:
+    """Registers, memory and instructions of a cubin."""
+    usage, code = _machine_code(compiled)
+    operations = [instruction.operation for instruction in instructions(code)[0]]
     kinds = collections.Counter(operation.split(".")[0] for operation in operations)
 
     def used(what: str) -> int:
@@ -297,7 +383,7 @@ def nvidia_resources(compiled: Any) -> Row:
         "registers": used("REG"),
         "shared bytes": compiled.metadata.shared,
         "spills": used("STACK") + used("LOCAL") + kinds["LDL"] + kinds["STL"],
-        "instructions": len(operations) - kinds["NOP"],
+        "instructions": len(operations),
         "loads": kinds["LDG"],
         "stores": kinds["STG"],
         "atomics": kinds["ATOMG"] + kinds["ATOM"] + kinds["RED"] + kinds["REDG"],
@@ -353,6 +439,50 @@ def launches(given: bool = False) -> str:
     names = [variant.kernel.fn.__name__ for variant in step("launches", given=given)]
     back = names.index("coefficients")
     return f"{back} forward, {len(names) - back} backward"
+
+
+def report_row(variant: Variant) -> Row:
+    """What one kernel does on sm_90, counted in its machine code."""
+    compiled = compile_variant(variant, TARGETS["sm_90"])
+    usage, code = _machine_code(compiled)
+    found, labels = instructions(code)
+    least = shortest(found, labels)
+    threads = variant.warps * 32
+    pixels = variant.pixels or variant.constants.get("WORDS", 0) * launch.WORD
+    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
+    widths = collections.Counter(access_bytes(one.operation) for one in found)
+
+    def each_pixel(amount: int) -> float | None:
+        return amount * threads / pixels if pixels else None
+
+    return {
+        "kernel": variant.kernel.fn.__name__,
+        "registers": registers,
+        "warps": resident_warps(registers, compiled.metadata.shared, variant.warps),
+        "instructions, least": each_pixel(len(least)),
+        "once": each_pixel(len(found)),
+        "bytes, least": each_pixel(sum(access_bytes(one.operation) for one in least)),
+        "once ": each_pixel(sum(access_bytes(one.operation) for one in found)),
+        "accesses": ", ".join(f"{n}×{size}" for size, n in sorted(widths.items(), reverse=True) if size),
+        "atomics": sum(one.operation.split(".")[0] in ("ATOMG", "ATOM", "RED", "REDG") for one in found),
+    }
+
+
+def report(variants: Iterable[Variant] | None = None) -> str:
+    """Markdown: the kernels of a step with all terms, for sm_90; by default those of `step("")`.
+
+    "least" is the shortest way through a kernel (a tile of background), "once" is every instruction once, loops too.
+    Both are instructions of a lane and pixel, and bytes of all lanes, idle ones as well, and pixel. "accesses" are the
+    instructions on global memory by the bytes of a lane, "warps" what a multiprocessor can hold out of 64.
+    """
+    rows = [report_row(variant) for variant in (step("") if variants is None else variants)]
+    columns = list(rows[0])
+    lines = [f"Launches of a step with all terms: {launches()}.", ""]
+    lines += [f"| {' | '.join(column.strip() for column in columns)} |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = (f"{value:.3g}" if isinstance(value, float) else str(value or "") for value in row.values())
+        lines.append(f"| {' | '.join(cells)} |".replace(", |", " |"))
+    return "\n".join(lines)
 
 
 def _row(case: str, notes: Row) -> Row:

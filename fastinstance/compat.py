@@ -21,8 +21,9 @@ from . import masked
 from . import terms as tm
 from .boxes import nearest_of_all
 from .checks import MAX_ID, check_choice, check_size, check_threshold
+from .components import foreground
 from .criteria import Criterion, Recognised, advise, recognise, resolve
-from .functional import Scene, Settings, instance_table, table_rows
+from .functional import Scene, Settings
 from .ops import DenseSums, InstanceSums, instance_sums
 from .partition import Partition, Side, partition
 from .pixel import Dice, Sums
@@ -400,13 +401,11 @@ def _separable_entries(
     same components have in other instances. `weighted` adds the loss without any of these.
     """
     x, omega, truth, pred = scene.planes.values, scene.planes.omega, part.target, part.pred
-    inside = truth.label.nonzero().squeeze(1)
-    tables = table_rows(part)
-    request = InstanceSums(part.pixels, inside, False, None, tables)
-    found = [instance_table(table) for table in _sums(x, known, None, request)[1]]
-    area = [instance_table(torch.bincount(rows, minlength=n).double()) for rows, n in tables]
-    ones = [torch.stack([pixels] * (2 + known.loss.squared), 2) for pixels in area]
-    features, pixels = Features(*found, *area), Features(*ones, *area)
+    inside = foreground(truth.label)
+    request = InstanceSums(part.pixels, inside, False, None, ((part.cell, part.cells),))
+    features = Features.of(part, _sums(x, known, None, request)[1][0])
+    ones = [torch.stack([pixels] * (2 + known.loss.squared), 2) for pixels in part.areas]
+    pixels = Features(ones[0], ones[1], *part.areas)
 
     def losses(features: Features, pixels: Features, side: int, excess: tuple[Tensor, Tensor] | None = None) -> Tensor:
         plane = (truth, pred)[side].plane
@@ -421,18 +420,18 @@ def _separable_entries(
         return known.loss.reduce(_with_masked(sums, area, omega[plane], known), omega[plane])
 
     if no_tp:
-        damped = _sums(x * x.detach(), known, None, request._replace(tables=tables[1:]))[1]
-        gt_side = losses(features._replace(pred=instance_table(damped[0])), pixels, 0)
+        damped = Features.of(part, _sums(x * x.detach(), known, None, request)[1][0])
+        gt_side = losses(features._replace(pred=damped.pred), pixels, 0)
     else:
         # All of a component counts, as false; then what it has in the instance itself is taken off again.
         nothing = request._replace(target=inside[:0])
-        of_truth, of_pred = (instance_table(table) for table in _sums(x, known, None, nothing)[1])
+        of_truth, of_pred = part.by_side(_sums(x, known, None, nothing)[1][0])
         whole, whole_area = (table.sum(1, keepdim=True).expand_as(table) for table in (of_pred, ones[1]))
         excess = [nn.functional.pad(table[:, 1], (0, 0, 0, truth.rows - truth.real)) for table in (of_truth, ones[0])]
         gt_side = losses(features._replace(pred=whole), pixels._replace(pred=whole_area), 0, (excess[0], excess[1]))
     if weighted:
         none = torch.zeros_like
-        gt_side = gt_side + losses(features._replace(pred=none(found[1])), pixels._replace(pred=none(ones[1])), 0)
+        gt_side = gt_side + losses(features._replace(pred=none(features.pred)), pixels._replace(pred=none(ones[1])), 0)
     return gt_side, losses(features, pixels, 1)
 
 
@@ -510,11 +509,8 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 def _instance_terms(loss: _AuthorsLoss, scene: Scene, part: Partition, proximity: bool) -> Iterator[Tensor]:
     """Instance terms of both sides, centre, false, missed and, if asked for, proximity."""
     truth, pred, planes = part.target, part.pred, scene.planes
-    tables = table_rows(part)
-    inside = truth.label.nonzero().squeeze(1)
-    sums = instance_sums(planes.values, False, (), InstanceSums(part.pixels, inside, False, None, tables))[1]
-    areas = [instance_table(torch.bincount(rows, minlength=n).double()) for rows, n in tables]
-    features = Features(instance_table(sums[0]), instance_table(sums[1]), *areas)
+    request = InstanceSums(part.pixels, foreground(truth.label), False, None, ((part.cell, part.cells),))
+    features = Features.of(part, instance_sums(planes.values, False, (), request)[1][0])
 
     entries = _entries(loss, scene, part)
     for side, values in ((truth, entries[0]), (pred, entries[1])):

@@ -12,16 +12,24 @@ from torch import Tensor
 
 from .backend import backend_for
 
-__all__ = ["components_at", "drop_small", "foreground", "label_planes"]
+__all__ = ["components_at", "divide", "drop_small", "foreground", "label_planes"]
 
-_SPARSE = 64  # pixels per run from which joining runs is faster than labelling the image
+# Where joining runs is faster than labelling the image: at most one pixel in so many is foreground, and starts a run.
+_FEW, _SPARSE = 8, 64
 
 
 def foreground(mask: Tensor) -> Tensor:
-    """Ascending flat indices of the true pixels of a mask; int64."""
+    """Ascending flat indices of what is not zero; int64."""
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.flatten().nonzero().squeeze(1)
+
+
+def divide(values: Tensor, by: int) -> Tensor:
+    """Quotients of integers, rounded down; on the CPU torch takes three times as long as numpy."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(values.numpy() // by)
+    return values // by
 
 
 def components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
@@ -46,47 +54,49 @@ def components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tens
 
 
 def _components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
-    """`components_at` on the CPU: no image of labels is made."""
-    planes, *size = mask.shape
-    inside = mask.reshape(-1).index_select(0, pixels).nonzero().squeeze(1)
-    if len(inside) == 0:
-        return torch.zeros_like(pixels), torch.zeros(planes, dtype=torch.int64)
-    runs = _Runs.of(pixels.index_select(0, inside), size)
-    found = None
-    if len(runs.start) * _SPARSE > mask.numel():
-        try:
-            found = _label_image(mask, pixels, connectivity)
-        except (ImportError, RuntimeError):  # cc3d is only faster, and reserves too few labels for the densest specks
-            found = None
-    if found is None:
-        label, first = _label_runs(runs, size, connectivity)
-        label = torch.zeros_like(pixels).index_copy_(0, inside, label.index_select(0, runs.run))
-        first = pixels.index_select(0, inside).index_select(0, first)
-    else:
-        label, first = found
-    return label, torch.bincount(first // math.prod(size), minlength=planes)
+    """`components_at` on the CPU."""
+    planes, area = len(mask), math.prod(mask.shape[1:])
+    listed, dense = pixels.numpy(), mask.contiguous().numpy()
+    inside = np.flatnonzero(dense.reshape(-1)[listed])
+    if len(inside) * _FEW <= mask.numel():
+        runs = _Runs.of(listed[inside], mask.shape[1:])
+        if len(runs.start) * _SPARSE <= mask.numel():
+            of_run, first = _label_runs(runs, mask.shape[1:], connectivity)
+            label = np.zeros(len(listed), np.int64)
+            label[inside] = np.repeat(of_run, runs.length)
+            counts = np.bincount(listed[inside[first]] // area, minlength=planes)
+            return torch.from_numpy(label), torch.from_numpy(counts)
+    label, counts = np.empty(len(listed), np.int64), np.zeros(planes, np.int64)
+    edges, total = np.searchsorted(listed, np.arange(planes + 1) * area), 0
+    for plane, begin, end in zip(range(planes), edges, edges[1:], strict=False):
+        if begin == end:
+            continue
+        ids, counts[plane] = _label_plane(dense[plane], connectivity)
+        here = ids.reshape(-1)[listed[begin:end] - plane * area]
+        np.add(here, (here > 0) * total, out=label[begin:end])
+        total += counts[plane]
+    return torch.from_numpy(label), torch.from_numpy(counts)
 
 
 class _Runs(NamedTuple):
     """Runs of consecutive pixels of a row, in raster order, on a grid with one empty cell after each row, slice, …"""
 
-    start: Tensor  # [R] int64 first and last pixel on that grid
-    end: Tensor
-    first: Tensor  # [R] int64 position of the first pixel in the list
-    run: Tensor  # [F] int64 run of each listed pixel
+    start: np.ndarray  # [R] int64 first and last pixel on that grid
+    end: np.ndarray
+    first: np.ndarray  # [R] int64 position of the first pixel in the list
+    length: np.ndarray  # [R] int64
 
     @classmethod
-    def of(cls, pixels: Tensor, size: Sequence[int]) -> _Runs:
-        padded, rest, step = pixels.clone(), pixels, 1
+    def of(cls, pixels: np.ndarray, size: Sequence[int]) -> _Runs:
+        padded, rest, step = pixels.copy(), pixels, 1
         for length in reversed(size):
             rest = rest // length
             padded += rest * step
             step *= length + 1
-        begins = torch.ones_like(pixels, dtype=torch.bool)
-        torch.ne(padded[1:], padded[:-1] + 1, out=begins[1:])
-        first = begins.nonzero().squeeze(1)
-        last = torch.cat([first[1:], first.new_tensor([len(pixels)])]) - 1
-        return cls(padded[first], padded[last], first, begins.cumsum(0) - 1)
+        first = np.flatnonzero(np.diff(padded, prepend=-2) != 1)
+        length = np.diff(first, append=len(pixels))
+        start = padded[first]
+        return cls(start, start + length - 1, first, length)
 
 
 def _later_rows(size: Sequence[int], connectivity: int) -> list[tuple[int, int]]:
@@ -100,57 +110,52 @@ def _later_rows(size: Sequence[int], connectivity: int) -> list[tuple[int, int]]
     return below if connectivity == 6 else [*below, (plane - row, oblique), (plane + row, oblique)]
 
 
-def _label_runs(runs: _Runs, size: Sequence[int], connectivity: int) -> tuple[Tensor, Tensor]:
+def _label_runs(runs: _Runs, size: Sequence[int], connectivity: int) -> tuple[np.ndarray, np.ndarray]:
     """Labels 1..K of the runs in raster order, and the position of each component's first pixel.
 
     Runs that touch are edges of a graph. In each round every root with a smaller neighbour is hung below it, and all
     paths are then shortened to their root, so every round joins components until no edge is open.
     """
-    number = torch.arange(len(runs.start))
-    edges = []
+    number = np.arange(len(runs.start))
+    uppers, lowers = [], []
     for offset, reach in _later_rows(size, connectivity):
-        low = torch.searchsorted(runs.end, runs.start + (offset - reach))
-        several = torch.searchsorted(runs.start, runs.end + (offset + reach), right=True) - low
-        upper = number.repeat_interleave(several)
-        within = torch.arange(len(upper)) - (several.cumsum(0) - several).index_select(0, upper)
-        edges.append(torch.stack([upper, low.index_select(0, upper) + within]))
-    ends, root = torch.cat(edges, 1), number
+        low = np.searchsorted(runs.end, runs.start + (offset - reach))
+        several = np.searchsorted(runs.start, runs.end + (offset + reach), side="right") - low
+        uppers.append(np.repeat(number, several))
+        lowers.append(np.repeat(low - (several.cumsum() - several), several) + np.arange(len(uppers[-1])))
+    upper, lower, root = np.concatenate(uppers), np.concatenate(lowers), number
     while True:
-        ends = root[ends]
-        ends = ends[:, ends[0] != ends[1]]
-        if ends.shape[1] == 0:
+        upper, lower = root[upper], root[lower]
+        (apart,) = np.nonzero(upper != lower)
+        if len(apart) == 0:
             break
-        # torch.amin of two rows of integers takes hundreds of times as long
-        root = root.scatter_reduce(0, torch.maximum(*ends), torch.minimum(*ends), "amin")
-        while not torch.equal(parent := root[root], root):
+        upper, lower = upper[apart], lower[apart]
+        root = root.copy()
+        np.minimum.at(root, np.maximum(upper, lower), np.minimum(upper, lower))
+        while not np.array_equal(parent := root[root], root):
             root = parent
     first = root == number  # the smallest run of a component is its root
-    return first.cumsum(0)[root], runs.first[first]
+    return first.cumsum()[root], runs.first[first]
 
 
-def _label_image(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
-    """Labels 1..K at the listed pixels in raster order, and each component's first pixel, from the labeller."""
-    planes, *size = mask.shape
-    # One empty row (slice) after each plane keeps the planes apart in a single call of the labeller.
-    stacked = np.zeros((planes, size[0] + 1, *size[1:]), dtype=bool)
-    stacked[:, :-1] = mask.numpy()
-    found, total = _label_volume(stacked.reshape(-1, *size[1:]), connectivity)
-    plane = pixels // math.prod(size)
-    label = torch.from_numpy(found.reshape(-1)[(pixels + plane * math.prod(size[1:])).numpy()].astype(np.int64))
-    # The labeller works by blocks of rows: its ids are not always in raster order.
-    first = torch.full((total + 1,), mask.numel()).scatter_reduce_(0, label, pixels, "amin")
-    first[0] = -1
-    order = first.argsort()
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(total + 1)
-    return rank[label], first[order[1:]]
+def _label_plane(mask: np.ndarray, connectivity: int) -> tuple[np.ndarray, int]:
+    """Ids 1..K of the components of one plane in raster order, as an image, and K."""
+    try:
+        return _label_volume(mask, connectivity)
+    except (ImportError, RuntimeError):  # cc3d is only faster, and reserves too few labels for the densest specks
+        pixels = np.flatnonzero(mask)
+        runs = _Runs.of(pixels, mask.shape)
+        of_run, first = _label_runs(runs, mask.shape, connectivity)
+        ids = np.zeros(mask.shape, np.int64)
+        ids.reshape(-1)[pixels] = np.repeat(of_run, runs.length)
+        return ids, len(first)
 
 
 def _label_volume(mask: np.ndarray, connectivity: int) -> tuple[np.ndarray, int]:
-    """Ids 1..K of the components, in any order, and K.
+    """`_label_plane` by cc3d, whose volumes are numbered in raster order; an image is a volume one slice thick.
 
-    cc3d 4.1 labels images of odd size wrongly under 8-connectivity and fails on lines under 26; volumes one slice
-    thick, and lines under 6, are right.
+    Images under 8-connectivity are not (they are labelled by blocks of pixels), and cc3d 4.1 labels those of odd size
+    wrongly. It fails on lines under 26; under 6 they are right.
     """
     import cc3d  # on a GPU nothing needs it
 
@@ -158,9 +163,10 @@ def _label_volume(mask: np.ndarray, connectivity: int) -> tuple[np.ndarray, int]
         mask, connectivity = mask[None], {4: 6, 8: 26}[connectivity]
     if mask.size == max(mask.shape):
         connectivity = 6
-    return cc3d.connected_components(
+    ids, number = cc3d.connected_components(
         mask, connectivity=cast("Any", connectivity), binary_image=cast("Any", True), return_N=True
     )
+    return ids, number
 
 
 @torch.library.custom_op("fastinstance::label_planes", mutates_args=())
@@ -190,15 +196,16 @@ def label_planes(mask: Tensor, threshold: float | None, connectivity: int, min_s
         inside = mask.bool()
         if mask.is_floating_point():
             inside &= ~mask.isnan()
-    inside = inside.cpu()
-    pixels = foreground(inside)
-    label, counts = _components_at(inside, pixels, connectivity)
-    if min_size > 1:
-        label, counts = drop_small(label, counts, min_size)
-    before = (counts.cumsum(0) - counts)[pixels // math.prod(mask.shape[1:])]
-    labels = torch.zeros(mask.shape, dtype=torch.int32)
-    labels.view(-1)[pixels] = torch.where(label > 0, label - before, 0).int()
-    return labels.to(mask.device), counts.int().to(mask.device)
+    dense = inside.cpu().contiguous().numpy()
+    labels, counts = np.empty(dense.shape, np.int32), np.empty(len(dense), np.int32)
+    for plane, image in enumerate(dense):
+        ids, counts[plane] = _label_plane(image, connectivity)
+        if min_size > 1:
+            kept = np.bincount(ids.reshape(-1), minlength=counts[plane] + 1) >= min_size
+            kept[0] = False
+            ids, counts[plane] = (kept.cumsum() * kept)[ids], kept.sum()
+        labels[plane] = ids
+    return torch.from_numpy(labels).to(mask.device), torch.from_numpy(counts).to(mask.device)
 
 
 @label_planes.register_fake

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import terms as tm
 from .components import foreground
 from .criteria import resolve
-from .functional import Scene, Settings, table_rows
+from .functional import Scene, Settings
 from .losses import BaseLoss, ImageOptions
 from .ops import DenseSums, InstanceSums, Segments, instance_sums
 from .partition import Side
@@ -235,10 +235,8 @@ class ComponentTverskyLoss(_ComponentLoss):
         alpha, beta, gamma, size_offset, background_weight, smooth = self.parameters_of_tversky.values()
         part, planes = scene.partition(predicted=False), scene.planes
         truth = part.target
-        instances = InstanceSums(
-            part.pixels, truth.label.nonzero().squeeze(1), False, None, ((truth.label, truth.real + 1),)
-        )
-        positives = part.pixels[truth.label > 0]
+        instances = InstanceSums(part.pixels, foreground(truth.label), False, None, ((truth.label, truth.real + 1),))
+        positives = part.pixels[foreground(truth.label)]
         dense = DenseSums(positives, squared=False, pointwise=None)
         (whole,), (table,) = instance_sums(planes.values, planes.logits, (dense,), instances)
         size, found = truth.count.double(), table[1:, 0]
@@ -274,7 +272,7 @@ class ComponentMILLoss(_ComponentLoss):
         truth = part.target
         every = torch.ones(truth.real, dtype=torch.bool, device=planes.values.device)
         peaks = part.peaks(planes.values.detach(), every), truth.real + 1
-        request = InstanceSums(part.pixels, truth.label.nonzero().squeeze(1), False, Pointwise(0.0), (peaks,))
+        request = InstanceSums(part.pixels, foreground(truth.label), False, Pointwise(0.0), (peaks,))
         _, (table,) = instance_sums(planes.values, planes.logits, (), request)
         return self._average(scene, table[1:, 1], truth)
 
@@ -309,10 +307,10 @@ class LesionRecallLoss(_ComponentLoss):
     def _evaluate(self, scene: Scene) -> Tensor:
         part, planes = scene.partition(predicted=True), scene.planes
         truth, pred = part.target, part.pred
-        request = InstanceSums(part.pixels, truth.label.nonzero().squeeze(1), False, None, table_rows(part))
-        _, (inside, found) = instance_sums(planes.values, planes.logits, (), request)
-        lacking = 1 - inside[2:, 0].view(-1, 2).sum(1) / truth.count
-        false = found[2::2, 0] / pred.count
+        request = InstanceSums(part.pixels, foreground(truth.label), False, None, ((part.cell, part.cells),))
+        inside, found = part.by_side(instance_sums(planes.values, planes.logits, (), request)[1][0][:, 0])
+        lacking = 1 - inside.sum(1) / truth.count
+        false = found[:, 0] / pred.count
         return self.recall * self._average(scene, lacking, truth) + self.false_positive * self._average(
             scene, false, pred
         )

@@ -211,7 +211,7 @@ class Scene(_Call):
 
     def dense_request(self, part: Partition | None) -> DenseSums:
         loss, planes = self.settings.pixel, self.planes
-        positives = foreground(planes.target) if part is None else part.pixels[part.raw_target.label > 0]
+        positives = foreground(planes.target) if part is None else part.pixels[foreground(part.raw_target.label)]
         return DenseSums(positives, loss.squared, loss.pointwise, planes.categorical)
 
     def spoil(self, values: Tensor, plane: Tensor | None = None) -> Tensor:
@@ -270,17 +270,6 @@ def _poison(planes: Planes) -> Tensor | None:
     finite = values.detach().isfinite().all(1, keepdim=True)
     factor = torch.zeros_like(values[:, :1]).masked_fill(~finite, math.nan)
     return 1 + (values * factor).nan_to_num(nan=math.nan, posinf=0, neginf=0).sum(1).double()
-
-
-def table_rows(part: Partition) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
-    """Table rows of the listed pixels: 2·id + (the other side is there), for either side."""
-    t, q = part.target.label, part.pred.label
-    return (2 * t + (q > 0), 2 * (part.target.real + 1)), (2 * q + (t > 0), 2 * (part.pred.real + 1))
-
-
-def instance_table(table: Tensor) -> Tensor:
-    """[2·(K + 1), …] -> [K, 2, …], without the background."""
-    return table.view(-1, 2, *table.shape[1:])[1:]
 
 
 def _as_numbers(loss: SeparableLoss | Criterion, wanted: bool) -> tuple[tuple[float, ...], bool, float] | None:
@@ -483,10 +472,9 @@ def _evaluate(
     weighted = "seg" in wanted and isinstance(settings.pixel, InverseWeightedDice)
     soft = settings.missed == "soft" and not {"false_gt", "false_pred"}.isdisjoint(wanted)
     part = scene.partition(predicted=by_instance) if by_instance or weighted else None
-    request, tables, areas = None, [], []
+    request, tables = None, []
     if part is not None:
-        tables = list(table_rows(part)) if by_instance else []
-        areas = [instance_table(torch.bincount(rows, minlength=n).double()) for rows, n in tables]
+        tables = [(part.cell, part.cells)] if by_instance else []
         if soft:  # a largest probability is a sum over one pixel
             tables.append((part.peaks(planes.values.detach(), part.missed), part.target.real + 1))
         if weighted:
@@ -494,7 +482,7 @@ def _evaluate(
         own = not {"instance_gt", "instance_pred", "proximity"}.isdisjoint(wanted)
         request = InstanceSums(
             part.pixels,
-            part.target.label.nonzero().squeeze(1),
+            foreground(part.target.label),
             own and loss.squared,
             loss.pointwise if own else None,
             tuple(tables),
@@ -511,7 +499,7 @@ def _evaluate(
     if part is None or not by_instance:
         return _Local(result, number, planes.omega.new_zeros(2))
 
-    features = tm.Features(instance_table(tables[0]), instance_table(tables[1]), *areas)
+    features = tm.Features.of(part, tables[0])
     truth, pred = part.target, part.pred
     weight_gt, weight_pred = (tm.instance_weights(side, settings.weight_by) for side in (truth, pred))
     gt_entries = pred_entries = tm.plane_sum(weight_gt, truth)
@@ -541,7 +529,7 @@ def _evaluate(
             values = center.reduce(tm.center_sums(part, boxes, center), planes.omega)
         result["center"] = scene.reduce(scene.spoil(values))
     if not {"false_gt", "false_pred"}.isdisjoint(wanted):
-        soft_alone = tm.soft_alone(part, features, tables[2][1:, 0], settings.missed_weight) if soft else None
+        soft_alone = tm.soft_alone(part, features, tables[1][1:, 0], settings.missed_weight) if soft else None
         rates = tm.false_rates(part, features, (weight_gt, weight_pred), soft_alone)
         for name, rate in zip(("false_gt", "false_pred"), rates, strict=True):
             result[name] = scene.reduce(scene.spoil(rate))
@@ -734,11 +722,11 @@ def _evaluate_blob(
     seg_sums = scene.dense_request(part)
     outside_sums = DenseSums(seg_sums.target, loss.squared, loss.pointwise)
     if truth is not raw:
-        outside_sums = outside_sums._replace(target=part.pixels[truth.label > 0])
+        outside_sums = outside_sums._replace(target=part.pixels[foreground(truth.label)])
     shared = truth is raw and outside_sums[1:] == seg_sums[1:]
     request = InstanceSums(
         part.pixels,
-        truth.label.nonzero().squeeze(1),
+        foreground(truth.label),
         loss.squared,
         loss.pointwise,
         ((truth.label, truth.real + 1), (raw.label, raw.real + 1))[: 1 + weighted],

@@ -4,6 +4,8 @@ Instances of one side are numbered 0, 1, … over all planes, plane by plane and
 an instance on a side has one *artificial* instance there (section 2.1.4 of the paper); these follow the real ones.
 Pairs link instances that share a pixel; an artificial instance is linked to all the other side has in its plane, so
 that every sum over linked instances is right for it too.
+
+A *cell* is what instances of both sides share, or what one has alone: every table is a sum over cells.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .components import components_at, drop_small, foreground
+from .components import components_at, divide, drop_small, foreground
 
 __all__ = ["Partition", "Side", "partition"]
 
@@ -55,6 +59,14 @@ class Side:
         return torch.cat([self.count, self.count.new_zeros(self.rows - self.real)]).double()
 
 
+class _Runs(NamedTuple):
+    """Runs of pixels in instances of one side, each of one row of an image; R of them."""
+
+    row: Tensor  # [R] int64, of the instance
+    length: Tensor  # [R] int64
+    begin: tuple[Tensor, ...]  # [R] int64 along each axis, the first pixel
+
+
 @dataclass(frozen=True)
 class Partition:
     """Ground truth and prediction of all planes, seen through the F pixels that belong to an instance of either."""
@@ -66,22 +78,61 @@ class Partition:
     raw_target: Side  # the ground truth before `min_size`
     pairs: tuple[Tensor, Tensor]  # [A] int64 each: rows of target and of pred that share a pixel
     linked: tuple[Tensor, Tensor] = field(repr=False)  # pairs, then the links of artificial instances
-    pair_of: Tensor = field(repr=False)  # int64 position in `pairs` of each pixel that a pair shares
+    cell: Tensor = field(repr=False)  # [F] int64: 0 nothing, 1.. one pred alone, M + 1.. one target, M + N + 1.. a pair
+
+    @property
+    def cells(self) -> int:
+        return 1 + self.pred.real + self.target.real + len(self.pairs[0])
 
     @cached_property
     def shared(self) -> Tensor:
         """[A] int64 pixels that each pair shares."""
-        return torch.bincount(self.pair_of, minlength=len(self.pairs[0]))
+        return self._cell_pixels[1 + self.pred.real + self.target.real :]
+
+    @cached_property
+    def _cell_pixels(self) -> Tensor:
+        return torch.bincount(self.cell, minlength=self.cells)
+
+    @cached_property
+    def areas(self) -> tuple[Tensor, Tensor]:
+        """float64 `[N, 2]` and `[M, 2]`, pixels of each instance where the other side has none, and where it has."""
+        return self.by_side(self._cell_pixels.double())
+
+    def by_side(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over cells `[cells, ...]` -> `[N, 2, ...]` and `[M, 2, ...]`, split as `areas`."""
+        _, *alone, both = table.split([1, self.pred.real, self.target.real, len(self.pairs[0])])
+        return tuple(  # pyright: ignore[reportReturnType]
+            torch.stack([mine, torch.zeros_like(mine).index_add(0, row, both)], 1)
+            for mine, row in zip(reversed(alone), self.pairs, strict=True)
+        )
 
     @cached_property
     def coordinates(self) -> tuple[Tensor, ...]:
         """[F] int64 of each axis."""
-        rest = self.pixels % math.prod(self.size)
-        axes = []
-        for length in reversed(self.size):
-            axes.append(rest % length)
-            rest = rest // length
-        return tuple(reversed(axes))
+        return _coordinates(self.pixels, self.size)
+
+    @cached_property
+    def _runs(self) -> tuple[_Runs, _Runs]:
+        """Runs of pixels of a row that are in one cell, of target and of pred."""
+        pixels, cell = self.pixels.cpu().numpy(), self.cell.cpu().numpy()
+        begins = np.ones(len(pixels), dtype=bool)
+        np.not_equal(np.diff(pixels), 1, out=begins[1:])
+        begins[1:] |= cell[1:] != cell[:-1]
+        row_starts = np.arange(0, len(self.target.per_plane) * math.prod(self.size), self.size[-1])
+        begins[np.searchsorted(pixels, row_starts[row_starts <= pixels[-1:].max(initial=-1)])] = True
+        first = np.flatnonzero(begins)
+        length = np.diff(first, append=len(pixels))
+
+        def of(side: Side) -> _Runs:
+            label = side.label.cpu().numpy()[first]
+            own = np.flatnonzero(label)
+            at = _coordinates(torch.from_numpy(pixels[first[own]]), self.size)
+            row, run, *begin = (
+                x.to(self.pixels.device) for x in map(torch.as_tensor, (label[own] - 1, length[own], *at))
+            )
+            return _Runs(row, run, tuple(begin))
+
+        return of(self.target), of(self.pred)
 
     def boxes(self, side: Side) -> tuple[Tensor, Tensor]:
         """Tight boxes [lower, upper) of all rows of a side, two float64 tensors [K + artificial, axes].
@@ -90,10 +141,13 @@ class Partition:
         """
         lower = torch.empty((side.rows, len(self.size)), dtype=torch.float64, device=self.pixels.device)
         upper = torch.empty_like(lower)
-        for axis, (length, position) in enumerate(zip(self.size, self.coordinates, strict=True)):
-            low = position.new_full((side.real + 1,), length).scatter_reduce_(0, side.label, position, "amin")
-            high = position.new_zeros(side.real + 1).scatter_reduce_(0, side.label, position, "amax")
-            lower[: side.real, axis], upper[: side.real, axis] = low[1:], high[1:] + 1
+        row, run, begin = self._runs[side is self.pred]
+        end = (*(position + 1 for position in begin[:-1]), begin[-1] + run)
+        for axis, length in enumerate(self.size):
+            lower[: side.real, axis] = (
+                begin[axis].new_full((side.real,), length).scatter_reduce_(0, row, begin[axis], "amin")
+            )
+            upper[: side.real, axis] = end[axis].new_zeros(side.real).scatter_reduce_(0, row, end[axis], "amax")
             lower[side.real :, axis], upper[side.real :, axis] = length // 2 - 1, length // 2 + 2
         return lower, upper
 
@@ -124,15 +178,25 @@ class Partition:
 
     def coordinate_sums(self, side: Side) -> Tensor:
         """Σx of each instance along each axis; int64 [K, axes]."""
-        sums = [
-            side.count.new_zeros(side.real + 1).index_add_(0, side.label, position)[1:] for position in self.coordinates
-        ]
-        return torch.stack(sums, 1)
+        row, run, begin = self._runs[side is self.pred]
+        sums = [position * run for position in begin]
+        sums[-1] += run * (run - 1) // 2
+        return torch.stack([side.count.new_zeros(side.real).index_add_(0, row, values) for values in sums], 1)
 
     def centroids(self, side: Side) -> Tensor:
         """Pixel nearest to the centroid, floor((2Σx + n) / 2n) in integers; int64 [K, axes]."""
         count = side.count[:, None]
         return (2 * self.coordinate_sums(side) + count) // (2 * count)
+
+
+def _coordinates(pixels: Tensor, size: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Coordinates along each axis of flat indices, int64."""
+    axes = []
+    for length in reversed(size):
+        rest = divide(pixels, length)
+        axes.append(torch.sub(pixels, rest, alpha=length))
+        pixels = rest
+    return tuple(reversed(axes))
 
 
 def _unique(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +271,13 @@ def partition(
     pred = _side(*found)
 
     stride = max(pred.real, 1)
-    shared = ((side.label > 0) & (pred.label > 0)).nonzero().squeeze(1)
-    keys, pair_of = _unique((side.label[shared] - 1) * stride + pred.label[shared] - 1)
+    in_target = foreground(side.label)
+    found = pred.label[in_target]
+    both = foreground(found)
+    shared = in_target[both]
+    keys, pair_of = _unique((side.label[shared] - 1) * stride + found[both] - 1)
     pairs = keys // stride, keys % stride
-    return Partition(tuple(size), pixels, side, pred, raw, pairs, _links(side, pred, pairs), pair_of)
+    cell = pred.label.clone()
+    cell[in_target] = side.label[in_target] + pred.real
+    cell[shared] = pair_of + (1 + pred.real + side.real)
+    return Partition(tuple(size), pixels, side, pred, raw, pairs, _links(side, pred, pairs), cell)

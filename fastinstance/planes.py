@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,15 @@ def _one_against_rest(logits: Tensor) -> Tensor:
     return logits - torch.logaddexp(before, after) + not_finite
 
 
+def _at_least(values: Tensor, bound: float) -> Tensor:
+    """values >= bound; on the CPU numpy takes a fifth of torch's time."""
+    values = values.detach()
+    if values.device.type == "cpu" and values.dtype != torch.bfloat16 and not torch.compiler.is_compiling():
+        array = values.numpy()
+        return torch.from_numpy(np.greater_equal(array, array.dtype.type(bound)))
+    return values >= bound
+
+
 def activate(other_act: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
     """`other_act(input)`, checked."""
     values = other_act(input)
@@ -78,12 +88,12 @@ def to_planes(
         valid_mask = valid_mask > 0
         wide = wide.where(valid_mask, wide.new_zeros(()))  # what an invalid pixel holds, even NaN, stays out
     if sigmoid:
-        values, predicted = wide, wide >= math.log(threshold / (1 - threshold))
+        values, predicted = wide, _at_least(wide, math.log(threshold / (1 - threshold)))
     elif softmax:
-        values, predicted = _one_against_rest(wide), wide.detach().softmax(1) >= threshold
+        values, predicted = _one_against_rest(wide), _at_least(wide.softmax(1), threshold)
     else:
         values = wide if other_act is None else activate(other_act, wide)
-        predicted = values >= threshold
+        predicted = _at_least(values, threshold)
 
     if target_labels is not None:
         truth = target_labels.bool()

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +42,9 @@ __all__ = [
 ]
 
 
+_BLOCK = 1 << 16  # pixels of boxes worked on at once: the temporaries stay in cache
+
+
 class InstanceTerms(NamedTuple):
     """The terms of Eq. 11, each a scalar, or `[B, C]` for `reduction="none"`."""
 
@@ -67,6 +71,11 @@ class Features(NamedTuple):
     pred: Tensor  # [M, 2, columns]: pixels of m outside and inside the ground truth
     target_area: Tensor  # [N, 2] float64 pixels of the same parts
     pred_area: Tensor  # [M, 2]
+
+    @classmethod
+    def of(cls, part: Partition, table: Tensor) -> Features:
+        """From the sums over the cells, `[cells, columns]`."""
+        return cls(*part.by_side(table), *part.areas)
 
 
 def _pad(table: Tensor, rows: int) -> Tensor:
@@ -288,23 +297,32 @@ def _draw_boxes(
     Where boxes overlap the smallest row owns the pixel, so that each pixel appears once. `starts` [K, axes] are the
     lower corners, `window` the lengths of the sides.
     """
-    device = part.pixels.device
-    position = side.plane[: side.real, None]  # flat index, built axis by axis: [K, window so far]
-    inside = torch.ones_like(position, dtype=torch.bool)
-    for length, start, side_length in zip(part.size, starts.unbind(1), window, strict=True):
-        at = start[:, None] + torch.arange(side_length, device=device)
-        inside = (inside[:, :, None] & ((at >= 0) & (at < length))[:, None]).flatten(1)
-        position = (position[:, :, None] * length + at[:, None]).flatten(1)
-    nowhere, area = len(side.per_plane) * math.prod(part.size), math.prod(window)
-    flat = position.where(inside, nowhere).flatten()
-    row = torch.arange(side.real, device=device, dtype=torch.int32).repeat_interleave(area)
-    owner = torch.full((nowhere + 1,), side.real, dtype=torch.int32, device=device)
-    owner.scatter_reduce_(0, flat, row, "amin")
-    owned = (owner.index_select(0, flat) == row) & inside.flatten()
+    corner, plane = starts.cpu().numpy(), side.plane.cpu().numpy()
+
+    def covered(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Flat indices of the pixels of the boxes of these rows, and the row of each."""
+        flat = plane[None, begin:end]  # built axis by axis: [window so far, rows]
+        inside = np.ones_like(flat, dtype=bool)
+        for axis, (length, side_length) in enumerate(zip(part.size, window, strict=True)):
+            at = corner[begin:end, axis] + np.arange(side_length)[:, None]
+            shape = len(flat) * side_length, end - begin
+            inside = (inside[:, None] & ((at >= 0) & (at < length))).reshape(shape)
+            flat = (flat[:, None] * length + at).reshape(shape)
+        row = np.broadcast_to(np.arange(begin, end, dtype=np.int32), flat.shape)
+        return flat[inside], row[inside]
+
+    some = max(1, _BLOCK // math.prod(window))
+    blocks = [covered(begin, min(begin + some, side.real)) for begin in range(0, max(side.real, 1), some)]
+    owner = np.empty(len(side.per_plane) * math.prod(part.size), np.int32)  # only what is drawn on is touched
+    for flat, _ in blocks:
+        owner[flat] = side.real
+    for flat, row in blocks:
+        np.minimum.at(owner, flat, row)
     if valid is not None:
-        owned &= valid.flatten().index_select(0, flat.clamp(max=nowhere - 1))
-    kept = owned.nonzero().squeeze(1)
-    return flat.index_select(0, kept), kept // area
+        owner[~valid.cpu().numpy().reshape(-1)] = -1
+    blocks = [(flat[mine], row[mine]) for flat, row in blocks for mine in [owner[flat] == row]]
+    flat, row = (torch.from_numpy(np.concatenate(parts)).to(part.pixels.device) for parts in zip(*blocks, strict=True))
+    return flat, row.long()
 
 
 class CenterBoxes(NamedTuple):
@@ -355,14 +373,15 @@ def center_sums(part: Partition, boxes: CenterBoxes, loss: SeparableLoss) -> Sum
     planes = len(truth.per_plane)
     true_flat, true_row, flat, row, amplitude, value = boxes
     drawn = torch.zeros(planes * math.prod(part.size), dtype=torch.bool, device=true_flat.device)
-    drawn[true_flat] = True
-    area = torch.bincount(2 * row + drawn[flat], minlength=2 * pred.real).view(-1, 2).double()  # outside, inside
+    drawn.index_fill_(0, true_flat, True)
+    where = 2 * row + drawn.index_select(0, flat)
+    area = torch.bincount(where, minlength=2 * pred.real).view(-1, 2).double()  # outside, inside
     plane = pred.plane[: pred.real]
 
     def per_plane(values: Tensor) -> Tensor:
         return values.new_zeros(planes).index_add(0, plane, values)
 
-    target = torch.bincount(truth.plane[true_row], minlength=planes).double()
+    target = torch.bincount(truth.plane.index_select(0, true_row), minlength=planes).double()
     pointwise = torch.zeros_like(target)
     if loss.pointwise is not None:
         hit, miss = 1 - amplitude, amplitude

@@ -30,18 +30,30 @@ def spiral(side: int) -> torch.Tensor:
 
 
 def check(mask: torch.Tensor, connectivity: int) -> None:
-    """Ids and counts are scipy's, which are in raster order."""
-    labels, counts = fastinstance.label(mask, connectivity=connectivity)
-    for plane in np.ndindex(*mask.shape[:2]):
-        truth, number = ndimage.label(mask[plane].numpy(), STRUCTURES[connectivity])
+    """Ids and counts are scipy's, which are in raster order, seen at every second pixel of the background too."""
+    flat = mask.flatten(0, 1)
+    seen = flat.flatten().clone()
+    seen[::2] = True
+    pixels = components.foreground(seen)
+    label, counts = components.components_at(flat, pixels, connectivity)
+    truth, total = torch.zeros(flat.shape, dtype=torch.int64), 0
+    for plane, image in enumerate(flat.numpy()):
+        ids, number = ndimage.label(image, STRUCTURES[connectivity])
+        truth[plane] = torch.from_numpy(ids + total * (ids > 0))
         assert int(counts[plane]) == number
-        np.testing.assert_array_equal(labels[plane].numpy(), truth)
+        total += number
+    assert torch.equal(label, truth.view(-1)[pixels])
 
 
-@pytest.mark.parametrize("sparse", [0, 10**9], ids=["runs", "image"])
+def choose(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_FEW", "_SPARSE"):
+        monkeypatch.setattr(components, name, 0 if way == "runs" else 10**9)
+
+
+@pytest.mark.parametrize("way", ["runs", "image"])
 @pytest.mark.parametrize("connectivity", STRUCTURES)
-def test_both_equal_scipy(sparse: int, connectivity: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(components, "_SPARSE", sparse)
+def test_both_equal_scipy(way: str, connectivity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(way, monkeypatch)
     rng = np.random.default_rng(connectivity)
     axes = STRUCTURES[connectivity].ndim
     for _ in range(60):
@@ -49,10 +61,10 @@ def test_both_equal_scipy(sparse: int, connectivity: int, monkeypatch: pytest.Mo
         check(torch.from_numpy(rng.random(shape) < rng.random()), connectivity)
 
 
-@pytest.mark.parametrize("sparse", [0, 10**9], ids=["runs", "image"])
+@pytest.mark.parametrize("way", ["runs", "image"])
 @pytest.mark.parametrize("connectivity", [4, 8])
-def test_long_components(sparse: int, connectivity: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(components, "_SPARSE", sparse)
+def test_long_components(way: str, connectivity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(way, monkeypatch)
     comb = torch.zeros(41, 41, dtype=torch.bool)
     comb[:, ::2] = True
     comb[-1] = True
@@ -63,14 +75,15 @@ def test_long_components(sparse: int, connectivity: int, monkeypatch: pytest.Mon
 def test_sparse_masks_take_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = torch.zeros(2, 1, 64, 64, dtype=torch.bool)
     mask[..., 5:9, 5:9] = True
-    expected = fastinstance.label(mask)
-    monkeypatch.setattr(components, "_label_image", None)
-    assert all(map(torch.equal, fastinstance.label(mask), expected))
+    monkeypatch.setattr(components, "_label_plane", None)
+    check(mask, 8)
 
 
-def test_dense_masks_need_no_cc3d(monkeypatch):
+@pytest.mark.parametrize("min_size", [0, 3])
+def test_dense_masks_need_no_cc3d(min_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = torch.rand(2, 1, 20, 31, generator=torch.Generator().manual_seed(0)) < 0.5
-    expected = fastinstance.label(mask)
+    expected = fastinstance.label(mask, min_size=min_size)
     monkeypatch.setitem(sys.modules, "cc3d", None)
-    for found, truth in zip(fastinstance.label(mask), expected, strict=True):
+    for found, truth in zip(fastinstance.label(mask, min_size=min_size), expected, strict=True):
         assert torch.equal(found, truth)
+    check(mask, 8)

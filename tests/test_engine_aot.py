@@ -72,12 +72,21 @@ def test_memory(size: tuple[int, ...], own: str, per_pixel: int, monkeypatch: py
 
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_numbers_are_not_specialised(name: str) -> None:
-    """Neither 1 nor a multiple of 16 gets a kernel of its own."""
+    """Neither 1 nor a multiple of 16 gets a kernel of its own, except where a width that is one is worth it."""
     (variant, *_) = [variant for variant in VARIANTS.values() if variant.kernel is LAUNCHED[name]]
     signature = variant.signature()
     numbers = [p for p in LAUNCHED[name].params if signature[p.name] in ("i32", "fp32")]
     assert numbers
-    assert all(parameter.do_not_specialize for parameter in numbers)
+    wide = {"width"} if name in ("pack", "accumulate", "gradient") else set()
+    assert {parameter.name for parameter in numbers if not parameter.do_not_specialize} == wide
+
+
+@pytest.mark.parametrize("name", ["pack", "gradient"])
+def test_four_pixels_at_a_time(name: str) -> None:
+    for width, size in ((256, 16), (252, 4)):
+        (variant,) = (v for v in aot.step("", (256, width)) if v.kernel is LAUNCHED[name])
+        code = aot.compile_variant(variant, aot.TARGETS["sm_90"]).asm["ptx"]
+        assert ("ld.global.v4.b32" in code) == (size == 16)
 
 
 @pytest.mark.parametrize(("name", "target"), CASES)
@@ -94,3 +103,42 @@ def test_compiled_code(name: str, target: str) -> None:
     ordered = [atomic for atomic in atomics if ".relaxed." not in atomic]
     assert len(ordered) == (kernel == "gather")
     assert all(".acq_rel." in atomic for atomic in ordered)
+
+
+def test_report() -> None:
+    pack, link = (next(v for v in aot.step("") if v.kernel is LAUNCHED[name]) for name in ("pack", "link"))
+    row = aot.report_row(pack)
+    assert 8 <= row["bytes, least"] <= row["once "] < 16  # logits and target are read, four words for 32 pixels written
+    assert 10 < row["instructions, least"] <= row["once"]
+    assert "×16" in row["accesses"]
+    assert aot.report_row(link)["once"] is None
+    table = aot.report([pack, link])
+    assert "10 forward, 2 backward" in table
+    assert table.count("\n| ") == 3
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "resident"),
+    [(32, 0, 1, 32), (64, 0, 1, 32), (65, 0, 1, 28), (255, 0, 1, 8), (32, 0, 4, 64), (32, 100 << 10, 1, 2)],
+)
+def test_resident_warps(registers: int, shared: int, warps: int, resident: int) -> None:
+    assert aot.resident_warps(registers, shared, warps) == resident
+
+
+def test_shortest_way_through_a_kernel() -> None:
+    code = """
+.L_a:
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/              @P0  BRA `(.L_b) ;
+        /*0020*/                   FADD R1, R1, R2 ;
+        /*0030*/                   FADD R1, R1, R2 ;
+.L_b:
+        /*0040*/             @!P1  EXIT ;
+        /*0050*/                   BRA `(.L_a) ;
+        /*0060*/                   NOP ;
+"""
+    found, labels = aot.instructions(code)
+    assert len(found) == 6
+    assert [one.operation for one in aot.shortest(found, labels)] == ["LDG.E.128", "BRA", "EXIT"]
+    assert aot.access_bytes("LDG.E.128") == 16
+    assert aot.access_bytes("FADD") == 0

@@ -316,8 +316,7 @@ def coefficients(
 
 
 @triton.jit(
-    do_not_specialize=["planes", "rows", "width", "row_words", "row_tiles", "pixels", "blocks", "bound", "bound_pred"],
-    do_not_specialize_on_alignment=["values", "valid", "result"],
+    do_not_specialize=["planes", "rows", "row_words", "row_tiles", "pixels", "blocks", "bound", "bound_pred"],
 )
 def gradient(
     values, masks, heads, valid, parents, block_starts, peaks, base, coefficients, result,

@@ -249,10 +249,9 @@ def _fixed(total, scale, limit):
 
 @triton.jit(
     do_not_specialize=[
-        "scale_v", "planes", "rows", "height", "width", "row_words", "row_tiles", "pixels", "blocks", "bound",
-        "bound_pred", "capacity",
+        "scale_v", "planes", "rows", "height", "row_words", "row_tiles", "pixels", "blocks", "bound", "bound_pred",
+        "capacity",
     ],
-    do_not_specialize_on_alignment=["values"],
 )  # fmt: skip
 def accumulate(
     values, masks, heads, parents, block_starts, counts, sums, boxes, peaks, slots, flags,
