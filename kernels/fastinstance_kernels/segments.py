@@ -290,6 +290,7 @@ def segment_gradient(
     if TARGET:
         positive = keep & is_foreground(tl.load(target + offset, mask=keep, other=0), 0.0, False)
     value = wide(tl.load(values + offset, mask=keep, other=0.0))
+    _, _, p = features(value, positive, LOGITS)
     slope = tl.where(tl.load(flags + plane) != 0, float("nan"), value * 0.0)
     for side in tl.static_range(SIDES):
         segment, split = _side_of_tile(segments, others, offset, keep, positive, side, TARGET)
@@ -307,7 +308,6 @@ def segment_gradient(
                 at = coefficients + row * (2 * K) + tl.where(split, K, 0)
                 by_p = tl.load(at, mask=mine, other=0.0)
                 if SQUARED:
-                    _, _, p = features(value, positive, LOGITS)
                     by_p += 2 * p * tl.load(at + 1, mask=mine, other=0.0)
                 slope += by_p * slopes(value, positive, LOGITS)
                 if GAMMA >= 0:
@@ -497,6 +497,6 @@ def backward(
             *layout.tile_arguments,
             LOGITS=request.logits, SQUARED=loss.squared, GAMMA=loss.gamma, K=k, SIDES=sides,
             TARGET=target is not None, VALID=valid is not None, PEAKS=request.peaks, OUTSIDE=request.outside,
-            ROWS=launch.TILE_ROWS, num_warps=1,
+            ROWS=launch.TILE_ROWS, num_warps=2 if real == torch.float64 else 1,
         )  # fmt: skip
     return result
