@@ -291,22 +291,21 @@ def _segments(regions: Tensor, planes: Planes, positives: Tensor) -> tuple[Segme
     """The regions of all planes as segments, and for each region its plane and its number of valid pixels.
 
     Segment 0 is what belongs to no region. A plane without a region is one.
-
-    Raises ValueError for ids below 0.
     """
     pixels = math.prod(planes.size)
     if planes.valid is not None:
         regions = regions * planes.valid
     flat = regions.reshape(-1)
     start = _runs(flat, pixels)
+    number = torch.arange(len(planes.omega) + 1, device=flat.device)
 
     def keys(place: Tensor) -> Tensor:
-        return (place // pixels << 32) + flat[place].long()
+        several = torch.searchsorted(place, number * pixels).diff()
+        return (number[:-1] << 32).repeat_interleave(several, output_size=len(place)) + flat[place].long()
 
     run = keys(start)
     distinct = torch.unique(run)
-    owner, number = distinct >> 32, distinct & 0xFFFFFFFF
-    real = number > 0
+    owner, real = distinct >> 32, (distinct & 0xFFFFFFFF) > 0
     whole = torch.bincount(owner[real], minlength=len(planes.omega))[owner] == 0
     real |= whole
     place = real.cumsum(0) * real

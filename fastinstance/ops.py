@@ -111,8 +111,8 @@ def _blocks(planes: int, pixels: int, target: Tensor, segments: Segments | None)
     edges = [r * pixels + c for r in range(0, planes, rows) for c in range(0, pixels, columns)] + [planes * pixels]
     places = target.new_tensor(edges)
     cuts = torch.searchsorted(target, places).tolist()
-    if segments is not None:
-        sooner, later = (torch.searchsorted(segments.start, places, right=after).tolist() for after in (False, True))
+    start_of = target if segments is None else segments.start
+    sooner, later = (torch.searchsorted(start_of, places, right=after).tolist() for after in (False, True))
     for k, (start, stop) in enumerate(itertools.pairwise(edges)):
         listed, runs = slice(cuts[k], cuts[k + 1]), None
         if segments is not None:
