@@ -6,7 +6,7 @@ The arguments that all losses share are described in `functional.instance_terms`
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Unpack, cast
 
 import numpy as np
@@ -124,33 +124,34 @@ class _ComponentLoss(BaseLoss):
         valid_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss: a scalar, or `[B, C]` for `reduction="none"`. Arguments as `functional.instance_terms`."""
-        return self._evaluate(input, target, target_labels, valid_mask)
+        images = input, target, target_labels, valid_mask
+        return self._evaluate(images, self._in_torch, self._on_kernels)
 
-    def _evaluate(self, *images: Tensor | None, **given: Tensor | None) -> Tensor:
+    def _evaluate(
+        self,
+        images: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        in_torch: Callable[[Scene], dict[str, _Mean]],
+        on_maps: Callable[[_Maps], dict[str, _Mean]],
+    ) -> Tensor:
+        settings = self.settings
+
         def local() -> Local:
-            if on_kernels(self.settings, (), cast("Tensor", images[0])):
-                maps = _Maps(Call(self.settings, *images))  # pyright: ignore[reportArgumentType]
-                values, _, _, _, _, _, _, *shape = maps.images
-                parts = self._on_kernels(maps, **given)
+            if on_kernels(settings, (), images[0]):
+                maps = _Maps(Call(settings, *images))
+                parts, values = on_maps(maps), maps.images.values
+                shape = maps.images.batch, maps.images.channels
                 dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
             else:
-                scene = Scene(self.settings, *images)
-                parts, shape, dtype = (
-                    self._in_torch(scene, **given),
-                    (scene.planes.batch, scene.planes.channels),
-                    scene.planes.values.dtype,
-                )
-                parts = {name: part._replace(total=scene.spoil(part.total)) for name, part in parts.items()}
-            planes = math.prod(shape)
-            found = {name: part.average(self.settings).to(dtype) for name, part in parts.items()}
-            if self.settings.reduction == "none":
+                scene = Scene(settings, *images)
+                parts = {name: part._replace(total=scene.spoil(part.total)) for name, part in in_torch(scene).items()}
+                shape, dtype = (scene.planes.batch, scene.planes.channels), scene.planes.values.dtype
+            found = {name: part.average(settings).to(dtype) for name, part in parts.items()}
+            if settings.reduction == "none":
                 found = {name: value.view(shape) for name, value in found.items()}
-            entries = [
-                part.total.new_zeros(()) if part.number is None else part.number.sum() for part in parts.values()
-            ]
-            return Local(found, planes, torch.stack([entries[0], entries[-1]]))
+            numbers = [part.total.new_ones(()) if part.number is None else part.number.sum() for part in parts.values()]
+            return Local(found, math.prod(shape), torch.stack([numbers[0], numbers[-1]]))
 
-        found = over_ranks(self.settings, self._weights, cast("Tensor", images[0]), local)
+        found = over_ranks(self.settings, self._weights, images[0], local)
         first, *rest = (weight * found[name] for name, weight in self._weights.items() if name in found)
         return sum(rest, first)
 
@@ -159,10 +160,10 @@ class _ComponentLoss(BaseLoss):
         """Of each part by name, and whatever else the ranks of a process group have to agree on."""
         raise NotImplementedError
 
-    def _in_torch(self, scene: Scene, **given: Tensor | None) -> dict[str, _Mean]:
+    def _in_torch(self, scene: Scene) -> dict[str, _Mean]:
         raise NotImplementedError
 
-    def _on_kernels(self, maps: _Maps, **given: Tensor | None) -> dict[str, _Mean]:
+    def _on_kernels(self, maps: _Maps) -> dict[str, _Mean]:
         raise NotImplementedError
 
 
@@ -213,7 +214,11 @@ class CCLoss(_ComponentLoss):
                 labels nor distances are computed.
             valid_mask: see above.
         """
-        return self._evaluate(input, target, target_labels, valid_mask, regions=target_regions)
+        return self._evaluate(
+            (input, target, target_labels, valid_mask),
+            lambda scene: self._in_torch(scene, target_regions),
+            lambda maps: self._on_kernels(maps, target_regions),
+        )
 
     @property
     def _weights(self) -> dict[str, float]:
@@ -225,7 +230,7 @@ class CCLoss(_ComponentLoss):
 
     def _planes_of(self, call: Call, regions: Tensor) -> Tensor:
         """Given regions, checked, as planes `[B·C, *S]`."""
-        input = cast("Tensor", call.images[0])
+        input = call.images[0]
         _check_regions(input, regions)
         first = 0 if self.settings.include_background else 1
         return regions[:, first:].reshape(-1, *input.shape[2:])
@@ -236,10 +241,10 @@ class CCLoss(_ComponentLoss):
             part = scene.partition(predicted=False)
             image = torch.zeros(planes.target.shape, dtype=torch.int32, device=planes.values.device)
             image.view(-1)[part.pixels] = part.target.label.int()
-            regions, positives = nearest_component(image, scene.spacing), part.pixels
+            ids, positives = nearest_component(image, scene.spacing), part.pixels
         else:
-            regions, positives = self._planes_of(scene, regions), foreground(planes.target)
-        segments, side, omega = _segments(regions, planes, positives)
+            ids, positives = self._planes_of(scene, regions), foreground(planes.target)
+        segments, side, omega = _segments(ids, planes, positives)
         sums = DenseSums(positives, loss.squared, loss.pointwise, segments=segments)
         ((table,), _) = instance_sums(planes.values, planes.logits, (sums,), None)
         number = torch.bincount(segments.target_row, minlength=segments.rows)[1:].double()
@@ -384,8 +389,10 @@ class ComponentTverskyLoss(_ComponentLoss):
         return self._value(hit, total, whole[:, 1] - whole[:, 0])
 
     def _on_kernels(self, maps: _Maps) -> dict[str, _Mean]:
-        how = {"offset": self.parameters_of_tversky["size_offset"], "power": self.parameters_of_tversky["gamma"]}
-        (found,) = maps.sums("weighted", maps.true(), given=maps.images.given, outside=True, **how)
+        offset, power = self.parameters_of_tversky["size_offset"], self.parameters_of_tversky["gamma"]
+        (found,) = maps.sums(
+            "weighted", maps.true(), given=maps.images.given, outside=True, offset=float(offset), power=float(power)
+        )
         return self._value(found.value, found.size, found.rest)
 
     def extra_repr(self) -> str:

@@ -334,10 +334,13 @@ class Images(NamedTuple):
             values, truth, predicted, valid = planes.values, planes.target, planes.predicted, planes.valid
             labels = planes.labels
         else:
-            values = input if settings.other_act is None else activate(settings.other_act, input)
-            truth = target.expand(-1, channels, *size)
+            values, truth = input, target.expand(-1, channels, *size)
             if valid_mask is not None:
                 valid = (valid_mask > 0).expand(-1, channels, *size)
+            if settings.other_act is not None:
+                if valid is not None:  # NaN would come back with the slope of the activation
+                    values = values.where(valid, values.new_zeros(()))
+                values = activate(settings.other_act, values)
             if settings.sigmoid:
                 threshold = math.log(threshold / (1 - threshold))
         given = labels is not None

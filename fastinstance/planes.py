@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,9 +31,9 @@ class Planes:
     channels: int
     size: tuple[int, ...]  # S
 
-    @cached_property
+    @property
     def predicted(self) -> Tensor:
-        """[B·C, *S] bool: probability >= threshold, for those who ask."""
+        """[B·C, *S] bool: probability >= threshold, made for each who asks."""
         return self.mark()
 
 

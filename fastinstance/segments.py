@@ -44,7 +44,7 @@ def _sums(
     others: Tensor | None,
     counts: Tensor,
     request: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     from fastinstance_kernels import segments as kernels
 
     decoded = kernels.Request.decode(request)

@@ -17,7 +17,7 @@ slot holds. No program needs what another one of the same launch writes: all ato
 """
 
 # Compile-time parameters are annotated tl.constexpr and take Python values; launch options are no parameters.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import math
 from collections.abc import Sequence

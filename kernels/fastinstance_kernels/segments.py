@@ -164,8 +164,8 @@ def _load_row(
     """What a separable loss sees of some segments: Σ P·G, Σ P^k, Σ G, Σ v, |Ω|; float64."""
     at = sums + row * (2 * K + 1)
     hit = tl.load(at + K, mask=inside, other=0).to(tl.float64) / FIXED_P
-    k: tl.constexpr = 1 if SQUARED else 0
-    total = tl.load(at + k, mask=inside, other=0) + tl.load(at + K + k, mask=inside, other=0)
+    power_at = at + 1 if SQUARED else at
+    total = tl.load(power_at, mask=inside, other=0) + tl.load(power_at + K, mask=inside, other=0)
     v = hit * 0.0
     if GAMMA >= 0:
         both = tl.load(at + K - 1, mask=inside, other=0) + tl.load(at + 2 * K - 1, mask=inside, other=0)
