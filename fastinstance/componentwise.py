@@ -151,7 +151,7 @@ class _ComponentLoss(BaseLoss):
             numbers = [part.total.new_ones(()) if part.number is None else part.number.sum() for part in parts.values()]
             return Local(found, math.prod(shape), torch.stack([numbers[0], numbers[-1]]))
 
-        found = over_ranks(self.settings, self._weights, images[0], local)
+        found = over_ranks(settings, {type(self).__name__: 1.0, **self._weights}, images[0], local)
         first, *rest = (weight * found[name] for name, weight in self._weights.items() if name in found)
         return sum(rest, first)
 
