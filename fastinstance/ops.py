@@ -77,6 +77,14 @@ def instance_sums(
     return list(tables[: len(dense)]), list(tables[len(dense) :])
 
 
+class _Runs(NamedTuple):
+    """The runs of a block, which may begin before it and end after it."""
+
+    listed: slice  # of all runs
+    start: Tensor  # first pixel within the block
+    length: Tensor  # pixels within the block
+
+
 class _Block(NamedTuple):
     """Consecutive pixels: whole planes, or a part of one."""
 
@@ -84,25 +92,21 @@ class _Block(NamedTuple):
     pixels: slice  # of the flattened planes
     target: Tensor  # positions of the pixels with G = 1 within the block
     listed: slice  # and which of all these they are
-    runs: tuple[Tensor, Tensor] | None  # of the segments: row, and first pixel within the block
+    runs: _Runs | None  # of the segments
+    row: Tensor  # of the table, of each plane or run
 
     def by_plane(self, pixels: Tensor) -> Tensor:
         return pixels.view(self.planes.stop - self.planes.start, -1)
 
-    def add_up(self, values: Tensor, column: Tensor) -> None:
-        """Add a value per pixel to the rows of a table."""
-        if self.runs is None:
-            column[self.planes] += self.by_plane(values).sum(1)
-        else:
-            row, start = self.runs
-            column += torch.bincount(row, _sum_runs(values, start), len(column))
+    def sums(self, values: Tensor) -> Tensor:
+        """Of a value per pixel, over each plane or run."""
+        return self.by_plane(values).sum(1) if self.runs is None else _sum_runs(values, self.runs)
 
     def spread(self, column: Tensor) -> Tensor:
-        """A value per row of a table -> one for each pixel, or one for each plane."""
+        """A value per plane, or per run of all planes -> one for each plane of the block, or for each of its pixels."""
         if self.runs is None:
             return column[self.planes, None]
-        row, start = self.runs
-        return self.by_plane(_repeat_runs(column.index_select(0, row), start, self.pixels.stop - self.pixels.start))
+        return self.by_plane(_repeat_runs(column[self.runs.listed], self.runs, self.pixels.stop - self.pixels.start))
 
 
 def _blocks(planes: int, pixels: int, target: Tensor, segments: Segments | None) -> Iterator[_Block]:
@@ -114,13 +118,15 @@ def _blocks(planes: int, pixels: int, target: Tensor, segments: Segments | None)
     start_of = target if segments is None else segments.start
     sooner, later = (torch.searchsorted(start_of, places, right=after).tolist() for after in (False, True))
     for k, (start, stop) in enumerate(itertools.pairwise(edges)):
-        listed, runs = slice(cuts[k], cuts[k + 1]), None
-        if segments is not None:
-            inside = slice(later[k] - 1, sooner[k + 1])
-            runs = segments.row[inside], (segments.start[inside] - start).clamp_(min=0)
-        yield _Block(
-            slice(start // pixels, -(-stop // pixels)), slice(start, stop), target[listed] - start, listed, runs
-        )
+        listed, inside, runs = slice(cuts[k], cuts[k + 1]), slice(start // pixels, -(-stop // pixels)), None
+        if segments is None:
+            row = torch.arange(inside.start, inside.stop, device=target.device)
+        else:
+            which = slice(later[k] - 1, sooner[k + 1])
+            place = (segments.start[which] - start).clamp_(min=0)
+            runs = _Runs(which, place, torch.cat([place, place.new_tensor([stop - start])]).diff())
+            row = segments.row[which]
+        yield _Block(inside, slice(start, stop), target[listed] - start, listed, runs, row)
 
 
 def _wrong_and_cost(x: Tensor, positive: bool, logits: bool, with_cost: bool) -> tuple[Tensor, Tensor | None]:
@@ -135,24 +141,18 @@ def _wrong_and_cost(x: Tensor, positive: bool, logits: bool, with_cost: bool) ->
     return wrong.sigmoid(), F.softplus(wrong, threshold=exact_from) if with_cost else None
 
 
-def _lengths(start: Tensor, pixels: int) -> Tensor:
-    """Pixels of runs that begin at `start`, of so many in all."""
-    return torch.cat([start, start.new_tensor([pixels])]).diff()
-
-
-def _sum_runs(values: Tensor, start: Tensor) -> Tensor:
-    """Sums over runs of consecutive pixels, none of them empty; float64, added pairwise in the type of the values."""
+def _sum_runs(values: Tensor, runs: _Runs) -> Tensor:
+    """Sums over runs, none of them empty, added pairwise in the type of the values."""
     if values.device.type == "cpu":
-        return torch.from_numpy(np.add.reduceat(values.numpy(), start.numpy())).double()
-    return torch.segment_reduce(values.double(), "sum", lengths=_lengths(start, len(values)))
+        return torch.from_numpy(np.add.reduceat(values.numpy(), runs.start.numpy()))
+    return torch.segment_reduce(values, "sum", lengths=runs.length)
 
 
-def _repeat_runs(values: Tensor, start: Tensor, pixels: int) -> Tensor:
+def _repeat_runs(values: Tensor, runs: _Runs, pixels: int) -> Tensor:
     """A value per run -> a value per pixel."""
-    length = _lengths(start, pixels)
     if values.device.type == "cpu":
-        return torch.from_numpy(np.repeat(values.numpy(), length.numpy()))
-    return values.repeat_interleave(length, output_size=pixels)
+        return torch.from_numpy(np.repeat(values.numpy(), runs.length.numpy()))
+    return values.repeat_interleave(runs.length, output_size=pixels)
 
 
 class _Dense(NamedTuple):
@@ -179,17 +179,21 @@ def _dense_sums(values: Tensor, logits: bool, request: DenseSums, keep: bool) ->
     add_positives(1, 1 - 2 * missed)  # p^k - w^k with p = 1 - w
     if request.positives_only and pointwise is not None and cost is not None:
         add_positives(2, pointwise(missed, cost))
-    blocks = []
+    blocks, rows, sums = [], [], ([], [])
     for block in _blocks(planes, pixels, request.target, segments):
         w, c = _wrong_and_cost(flat[block.pixels], False, logits, pointwise is not None)
         w.scatter_(0, block.target, missed[block.listed])
-        block.add_up(w.square() if request.squared else w, table[:, 1])
+        rows.append(block.row)
+        sums[0].append(block.sums(w.square() if request.squared else w))
         if c is not None and cost is not None:
             c.scatter_(0, block.target, cost[block.listed])
             if pointwise is not None and not request.positives_only:
-                block.add_up(pointwise(w, c), table[:, 2])
+                sums[1].append(block.sums(pointwise(w, c)))
         if keep:
             blocks.append((block, w, c if by_cost else None))
+    for column, found in enumerate(sums, 1):
+        if found:
+            table[:, column] += torch.bincount(torch.cat(rows), torch.cat(found).double(), len(table))
     return table, _Dense(row, (missed, cost if by_cost else None), blocks)
 
 
@@ -202,7 +206,7 @@ def _slopes(w: Tensor, c: Tensor | None, logits: bool, pointwise: Pointwise | No
 def _dense_gradient(gradient: Tensor, logits: bool, request: DenseSums, upstream: Tensor, kept: _Dense) -> None:
     """Write upstream [rows, 3] · ∂(sums)/∂values into `gradient` [planes · P]."""
     to_sums = upstream.to(gradient.dtype).T.contiguous()
-    _, to_pred, to_pointwise = to_sums
+    _, to_pred, to_pointwise = to_sums if request.segments is None else to_sums.index_select(1, request.segments.row)
     for block, w, c in kept.blocks:
         out = block.by_plane(gradient[block.pixels])
         dp, dv = _slopes(w, c, logits, None if request.positives_only else request.pointwise)
