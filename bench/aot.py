@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 import triton
-from fastinstance_kernels import engine, label, launch, regions
+from fastinstance_kernels import engine, given, label, launch, regions, segments
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -277,6 +277,62 @@ def region_variants() -> Iterator[Variant]:
         )
 
 
+def segment_step(
+    name: str,
+    size: tuple[int, ...] = (256, 256),
+    *,
+    kind: str = "form",
+    dtype: torch.dtype = torch.float32,
+    loss: Any = None,
+    sides: int = 1,
+    valid: bool = False,
+    outside: bool = False,
+    **changes: Any,
+) -> list[Variant]:
+    """The kernels of one loss by component and its gradient, of four planes whose maps are there.
+
+    Args:
+        name: of the use, for the names of the variants.
+        size: of a plane.
+        kind: of the results; see `segments.Request`, of which `changes` are fields, as is `outside`.
+        dtype: of the logits.
+        loss: of a segment.
+        sides: maps of each plane.
+        valid: whether there is a mask of valid pixels.
+    """
+    request = segments.Request(
+        kind=kind,
+        logits=True,
+        connectivity=8 if len(size) == 2 else 26,
+        given=False,
+        max_instances=None,
+        loss=_loss(loss) or engine.Loss(),
+        outside=outside,
+    )._replace(**changes)
+    values = torch.empty(4, *size, dtype=dtype, device="meta")
+    ids = values.to(torch.int32)
+    target = values.float() if kind == "form" else None
+    with recorded(name) as variants:
+        images = values, target, values.to(torch.bool) if valid else None, ids, ids if sides == 2 else None
+        counts = torch.empty(4 * sides, dtype=torch.int32, device="meta")
+        found, saved = segments.forward(*images, counts, request)
+        segments.backward(found, *images, counts, saved, request)
+    return variants
+
+
+def segment_variants() -> Iterator[Variant]:
+    """The kernels of the losses by component."""
+    ids = torch.empty(4, 256, 256, dtype=torch.int32, device="meta")
+    with recorded("given ids") as variants:
+        given.number_ids(ids)
+    yield next(variant for variant in variants if variant.kernel is given.pack_ids)
+    yield from segment_step("CC, DiceCE", loss="dicece", outside=True)
+    yield from segment_step("CC, float64 squared", (64, 128, 128), dtype=torch.float64, loss=SQUARED, outside=True)
+    yield from segment_step("Tversky", kind="weighted", power=1.0, offset=5.0, outside=True)
+    yield from segment_step("recall, bfloat16", kind="weighted", dtype=torch.bfloat16, power=1.0, sides=2, valid=True)
+    yield from segment_step("MIL", (64, 128, 128), kind="peak")
+
+
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     """The compiled kernel; `.asm` holds every stage. Pointers are 16-byte aligned, as those of torch are."""
     signature = variant.signature()
@@ -430,7 +486,11 @@ def rows(variants: Iterable[Variant] | None = None, targets: Iterable[str] = tup
 
     "instructions per pixel" are those of one lane divided by the pixels it handles, loops counted once.
     """
-    variants = list((*label_variants(), *engine_variants(), *region_variants()) if variants is None else variants)
+    variants = list(
+        (*label_variants(), *engine_variants(), *region_variants(), *segment_variants())
+        if variants is None
+        else variants
+    )
     return [row(variant, target) for variant in variants for target in targets]
 
 

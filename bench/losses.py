@@ -266,7 +266,9 @@ def cases(setting: Setting) -> list[Case]:
     def prepare(loss: Loss) -> Run:
         return Run(lambda scene: step(loss, scene), graph=True)
 
-    ours = {entry.name: prepare(entry.loss) for entry in LOSSES} | {f"{CC}, regions given": Run(_regions_given)}
+    ours = {entry.name: prepare(entry.loss) for entry in LOSSES} | {
+        f"{CC}, regions given": Run(_regions_given, graph=True)
+    }
     monai = {f"MONAI {name}": Run(lambda scene, name=name: step(monai_loss(name), scene)) for name in ("DiceCE", "GDF")}
     return [
         Case(

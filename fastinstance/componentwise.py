@@ -6,35 +6,168 @@ The arguments that all losses share are described in `functional.instance_terms`
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Unpack, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Unpack, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import terms as tm
-from .components import foreground
+from .components import foreground, label_planes
 from .criteria import resolve
-from .functional import Scene, Settings
+from .functional import Call, Images, Local, Scene, Settings, drop_small_ids, on_kernels, over_ranks
 from .losses import BaseLoss, ImageOptions
 from .ops import DenseSums, InstanceSums, Segments, instance_sums
+from .parallel import ProcessGroup
 from .partition import Side
 from .pixel import Pointwise, SeparableLoss, Sums, check_not_negative
 from .planes import Planes
 from .regions import nearest_component
+from .segments import Found, number_ids, segment_sums
 
 __all__ = ["CCLoss", "CCOptions", "ComponentMILLoss", "ComponentOptions", "ComponentTverskyLoss", "LesionRecallLoss"]
 
 
-class CCOptions(ImageOptions, total=False):
+class _Options(ImageOptions, total=False):
+    connectivity: int | None
+    max_instances: int | None
+    process_group: ProcessGroup
+
+
+class CCOptions(_Options, total=False):
     """Settings of CC loss; see `fastinstance.functional.instance_terms`."""
 
     average: str
-    connectivity: int | None
     spacing: float | Sequence[float] | None
 
 
-class CCLoss(BaseLoss):
+class ComponentOptions(_Options, total=False):
+    """Settings of the other losses; see `fastinstance.functional.instance_terms`."""
+
+    min_size: int
+
+
+class AveragedOptions(ComponentOptions, total=False):
+    """The same, with `average`."""
+
+    average: str
+
+
+class _Mean(NamedTuple):
+    """A part of a loss: the mean of its entries, which are components, regions or, without a number, planes."""
+
+    total: Tensor  # [planes] float64, over the entries of each plane; NaN where the input of the plane is not finite
+    number: Tensor | None  # [planes] float64 entries of each plane
+
+    def average(self, settings: Settings) -> Tensor:
+        """0 without an entry."""
+        if self.number is None:
+            return tm.reduce_planes(self.total, settings.reduction)
+        if settings.reduction == "mean" and settings.average == "instance":
+            return self.total.sum() / self.number.sum().clamp(min=1)
+        return tm.reduce_planes(self.total / self.number.clamp(min=1), settings.reduction)
+
+
+class _Maps:
+    """The images of a call on the kernels, and maps of their components: ids `[planes, *S]` int32, and how many."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.images = Images.of(call)
+
+    def _valid(self, image: Tensor) -> Tensor:
+        return image if self.images.valid is None else image * self.images.valid
+
+    def number(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Given ids `[planes, *S]`."""
+        return number_ids(self._valid(ids.int()).contiguous())
+
+    def true(self) -> tuple[Tensor, Tensor]:
+        min_size, target = self.call.settings.min_size, self.images.target
+        if not self.images.given:
+            return label_planes(self._valid(target), None, self.call.connectivity, min_size)
+        target = self._valid(target)
+        return self.number(drop_small_ids(target, min_size) if min_size > 1 else target)
+
+    def predicted(self) -> tuple[Tensor, Tensor]:
+        values, _, mask, valid, *_ = self.images
+        how = self.call.connectivity, self.call.settings.min_size
+        if mask is not None:
+            return label_planes(mask, None, *how)
+        values = values.detach()
+        if valid is not None:
+            values = values.where(valid, -math.inf)
+        return label_planes(values, self.images.threshold, *how)
+
+    def sums(
+        self, kind: str, *maps: tuple[Tensor, Tensor], split: bool = False, given: bool, **what: Any
+    ) -> list[Found]:
+        """Of the segments of one or two maps; `what` are fields of `fastinstance_kernels.segments.Request`."""
+        from fastinstance_kernels.segments import Request
+
+        values, target, _, valid, _, logits, *_ = self.images
+        limit = self.call.settings.max_instances
+        request = Request(kind, logits, self.call.connectivity, given, limit, **what)
+        return segment_sums(values, target if split else None, valid, maps, request.encode(), limit)
+
+
+class _ComponentLoss(BaseLoss):
+    """A weighted sum of means over components, from sums over segments: those of torch, or of the kernels."""
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        target_labels: Tensor | None = None,
+        valid_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss: a scalar, or `[B, C]` for `reduction="none"`. Arguments as `functional.instance_terms`."""
+        images = input, target, target_labels, valid_mask
+        return self._evaluate(images, self._in_torch, self._on_kernels)
+
+    def _evaluate(
+        self,
+        images: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        in_torch: Callable[[Scene], dict[str, _Mean]],
+        on_maps: Callable[[_Maps], dict[str, _Mean]],
+    ) -> Tensor:
+        settings = self.settings
+
+        def local() -> Local:
+            if on_kernels(settings, (), images[0]):
+                maps = _Maps(Call(settings, *images))
+                parts, values = on_maps(maps), maps.images.values
+                shape = maps.images.batch, maps.images.channels
+                dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+            else:
+                scene = Scene(settings, *images)
+                parts = {name: part._replace(total=scene.spoil(part.total)) for name, part in in_torch(scene).items()}
+                shape, dtype = (scene.planes.batch, scene.planes.channels), scene.planes.values.dtype
+            found = {name: part.average(settings).to(dtype) for name, part in parts.items()}
+            if settings.reduction == "none":
+                found = {name: value.view(shape) for name, value in found.items()}
+            numbers = [part.total.new_ones(()) if part.number is None else part.number.sum() for part in parts.values()]
+            return Local(found, math.prod(shape), torch.stack([numbers[0], numbers[-1]]))
+
+        found = over_ranks(settings, {type(self).__name__: 1.0, **self._weights}, images[0], local)
+        first, *rest = (weight * found[name] for name, weight in self._weights.items() if name in found)
+        return sum(rest, first)
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        """Of each part by name, and whatever else the ranks of a process group have to agree on."""
+        raise NotImplementedError
+
+    def _in_torch(self, scene: Scene) -> dict[str, _Mean]:
+        raise NotImplementedError
+
+    def _on_kernels(self, maps: _Maps) -> dict[str, _Mean]:
+        raise NotImplementedError
+
+
+class CCLoss(_ComponentLoss):
     """A pixel loss of every component alone in its surroundings: CC-Metrics as a loss (CC-DiceCE).
 
     Every pixel belongs to the region R_n of its nearest ground-truth component n (`fastinstance.voronoi`), and the loss
@@ -50,8 +183,7 @@ class CCLoss(BaseLoss):
         pixel_loss: of a region: a name, or a pixel loss of this library.
         average: "instance", the mean over all components of the batch, or "image", per plane, then over planes.
         spacing: size of a pixel, for all or each axis, for the regions; only ratios matter.
-
-    CUDA tensors take the torch path for the sums, which waits for the device; labels and regions come from the kernels.
+        max_instances: limit on the regions of a plane, as in `functional.instance_terms`.
     """
 
     def __init__(self, *, pixel_loss: object = "dicece", **options: Unpack[CCOptions]) -> None:
@@ -82,26 +214,54 @@ class CCLoss(BaseLoss):
                 labels nor distances are computed.
             valid_mask: see above.
         """
-        scene = Scene(self.settings, input, target, target_labels, valid_mask)
-        planes, loss = scene.planes, cast("SeparableLoss", self.settings.pixel)
-        if target_regions is None:
+        return self._evaluate(
+            (input, target, target_labels, valid_mask),
+            lambda scene: self._in_torch(scene, target_regions),
+            lambda maps: self._on_kernels(maps, target_regions),
+        )
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        return {"component": 1.0}
+
+    @property
+    def _loss(self) -> SeparableLoss:
+        return cast("SeparableLoss", self.settings.pixel)
+
+    def _planes_of(self, call: Call, regions: Tensor) -> Tensor:
+        """Given regions, checked, as planes `[B·C, *S]`."""
+        input = call.images[0]
+        _check_regions(input, regions)
+        first = 0 if self.settings.include_background else 1
+        return regions[:, first:].reshape(-1, *input.shape[2:])
+
+    def _in_torch(self, scene: Scene, regions: Tensor | None = None) -> dict[str, _Mean]:
+        planes, loss = scene.planes, self._loss
+        if regions is None:
             part = scene.partition(predicted=False)
-            image = torch.zeros(planes.target.shape, dtype=torch.int32, device=input.device)
+            image = torch.zeros(planes.target.shape, dtype=torch.int32, device=planes.values.device)
             image.view(-1)[part.pixels] = part.target.label.int()
-            regions, positives = nearest_component(image, scene.spacing), part.pixels
+            ids, positives = nearest_component(image, scene.spacing), part.pixels
         else:
-            _check_regions(input, target_regions)
-            first = 0 if self.settings.include_background else 1
-            regions, positives = target_regions[:, first:].reshape(planes.target.shape), foreground(planes.target)
-        segments, side, omega = _segments(regions, planes)
+            ids, positives = self._planes_of(scene, regions), foreground(planes.target)
+        segments, side, omega = _segments(ids, planes, positives)
         sums = DenseSums(positives, loss.squared, loss.pointwise, segments=segments)
         ((table,), _) = instance_sums(planes.values, planes.logits, (sums,), None)
-        run = torch.searchsorted(segments.start, positives, right=True) - 1
-        number = torch.bincount(segments.row[run], minlength=segments.rows)[1:].double()
+        number = torch.bincount(segments.target_row, minlength=segments.rows)[1:].double()
         value = loss.reduce(Sums(table[1:, 0], table[1:, 1], number, table[1:, 2]), omega)
-        value, reduction = scene.spoil(value, side.plane), self.settings.reduction
-        entries = side.per_plane.double()
-        return scene.finish(tm.average(value, side, entries, average=self.settings.average, reduction=reduction))
+        return {"component": _Mean(tm.plane_sum(value, side), side.per_plane.double())}
+
+    def _on_kernels(self, maps: _Maps, regions: Tensor | None = None) -> dict[str, _Mean]:
+        given = regions is not None or maps.images.given
+        if regions is None:
+            labels, counts = maps.true()
+            segments = nearest_component(labels, maps.call.spacing), counts
+        else:
+            segments = maps.number(self._planes_of(maps.call, regions))
+        form = self._loss.form
+        loss = form.numbers, form.squared, -1.0 if form.gamma is None else form.gamma
+        (found,) = maps.sums("form", segments, split=True, given=given, loss=loss, outside=True)
+        return {"component": _Mean(found.value, found.number)}
 
 
 def _check_regions(input: Tensor, regions: Tensor) -> None:
@@ -120,7 +280,19 @@ def _check_regions(input: Tensor, regions: Tensor) -> None:
         )
 
 
-def _segments(regions: Tensor, planes: Planes) -> tuple[Segments, Side, Tensor]:
+def _runs(flat: Tensor, pixels: int) -> Tensor:
+    """Flat index of the first pixel of each run of one id; no run goes on into another plane of so many pixels."""
+    begins = torch.ones(flat.shape, dtype=torch.bool, device=flat.device)
+    if flat.device.type == "cpu":
+        ids = flat.numpy()  # several times as fast as torch where the result is a mask
+        np.not_equal(ids[1:], ids[:-1], out=begins.numpy()[1:])
+    else:
+        torch.ne(flat[1:], flat[:-1], out=begins[1:])
+    begins[::pixels] = True
+    return foreground(begins)
+
+
+def _segments(regions: Tensor, planes: Planes, positives: Tensor) -> tuple[Segments, Side, Tensor]:
     """The regions of all planes as segments, and for each region its plane and its number of valid pixels.
 
     Segment 0 is what belongs to no region. A plane without a region is one.
@@ -129,66 +301,27 @@ def _segments(regions: Tensor, planes: Planes) -> tuple[Segments, Side, Tensor]:
     if planes.valid is not None:
         regions = regions * planes.valid
     flat = regions.reshape(-1)
-    begins = torch.ones_like(flat, dtype=torch.bool)
-    torch.ne(flat[1:], flat[:-1], out=begins[1:])
-    begins[::pixels] = True
-    start = foreground(begins)
-    plane = start // pixels
-    distinct, position = torch.unique((plane << 32) + flat[start].long(), return_inverse=True)
-    owner = distinct >> 32
-    real = (distinct & 0xFFFFFFFF) > 0
-    real |= torch.bincount(owner[real], minlength=len(planes.omega))[owner] == 0
-    row = (real.cumsum(0) * real)[position]
+    start = _runs(flat, pixels)
+    number = torch.arange(len(planes.omega) + 1, device=flat.device)
+
+    def keys(place: Tensor) -> Tensor:
+        several = torch.searchsorted(place, number * pixels).diff()
+        return (number[:-1] << 32).repeat_interleave(several, output_size=len(place)) + flat[place].long()
+
+    run = keys(start)
+    distinct = torch.unique(run)
+    owner, real = distinct >> 32, (distinct & 0xFFFFFFFF) > 0
+    whole = torch.bincount(owner[real], minlength=len(planes.omega))[owner] == 0
+    real |= whole
+    place = real.cumsum(0) * real
+    row, target_row = (place[torch.searchsorted(distinct, key)] for key in (run, keys(positives)))
     length = torch.cat([start[1:], start.new_tensor([flat.numel()])]) - start
     rows = int(real.sum()) + 1
     omega = torch.bincount(row, length.double(), rows)[1:]
-    plane = owner[real]
-    whole = (distinct & 0xFFFFFFFF)[real] == 0
+    plane, whole = owner[real], whole[real]
     per_plane = torch.bincount(plane, minlength=len(planes.omega))
     side = Side(label=start.new_empty(0), count=omega.long(), per_plane=per_plane, plane=plane)
-    return Segments(start, row, rows), side, omega.where(~whole, planes.omega[plane])
-
-
-class ComponentOptions(ImageOptions, total=False):
-    """Settings of the losses below; see `fastinstance.functional.instance_terms`."""
-
-    connectivity: int | None
-    min_size: int
-
-
-class AveragedOptions(ComponentOptions, total=False):
-    """The same, with `average`."""
-
-    average: str
-
-
-class _ComponentLoss(BaseLoss):
-    """A loss of the components of a plane. CUDA tensors take the torch path, which waits for the device."""
-
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        *,
-        target_labels: Tensor | None = None,
-        valid_mask: Tensor | None = None,
-    ) -> Tensor:
-        """The loss: a scalar, or `[B, C]` for `reduction="none"`. Arguments as `functional.instance_terms`."""
-        return self._evaluate(Scene(self.settings, input, target, target_labels, valid_mask))
-
-    def _evaluate(self, scene: Scene) -> Tensor:
-        raise NotImplementedError
-
-    def _average(self, scene: Scene, values: Tensor, side: Side) -> Tensor:
-        """Values per real instance of a side -> their mean, 0 without any."""
-        settings, plane = self.settings, side.plane[: side.real]
-        how = {"average": settings.average, "reduction": settings.reduction}
-        poison = values.new_zeros(len(side.per_plane)) if scene.poison is None else scene.poison - 1
-        # A plane without an instance passes on NaN as well.
-        if settings.reduction == "mean" and settings.average == "instance":
-            return scene.finish(tm.average(scene.spoil(values, plane), side, side.per_plane, **how) + poison.sum())
-        means = tm.plane_mean(values, side, side.per_plane) + poison
-        return scene.finish(tm.reduce_planes(means, settings.reduction))
+    return Segments(start, row, target_row, rows), side, omega.where(~whole, planes.omega[plane])
 
 
 class ComponentTverskyLoss(_ComponentLoss):
@@ -231,20 +364,34 @@ class ComponentTverskyLoss(_ComponentLoss):
         check_not_negative(**self.parameters_of_tversky)
         self.settings = Settings(**options)
 
-    def _evaluate(self, scene: Scene) -> Tensor:
-        alpha, beta, gamma, size_offset, background_weight, smooth = self.parameters_of_tversky.values()
+    @property
+    def _weights(self) -> dict[str, float]:
+        return {"tversky": 1.0, **self.parameters_of_tversky}
+
+    def _value(self, hit: Tensor, size: Tensor, outside: Tensor) -> dict[str, _Mean]:
+        """From Σ w p and Σ w over the components of each plane, and Σp outside of them."""
+        alpha, beta, _, _, background_weight, smooth = self.parameters_of_tversky.values()
+        hit_or_not = alpha * background_weight * outside + beta * (size - hit)
+        return {"tversky": _Mean(1 - (hit + smooth) / (hit + hit_or_not + smooth), None)}
+
+    def _in_torch(self, scene: Scene) -> dict[str, _Mean]:
         part, planes = scene.partition(predicted=False), scene.planes
         truth = part.target
         instances = InstanceSums(part.pixels, foreground(truth.label), False, None, ((truth.label, truth.real + 1),))
         positives = part.pixels[foreground(truth.label)]
         dense = DenseSums(positives, squared=False, pointwise=None)
         (whole,), (table,) = instance_sums(planes.values, planes.logits, (dense,), instances)
-        size, found = truth.count.double(), table[1:, 0]
-        weight = (size + size_offset) ** -gamma
-        hit, missed = (tm.plane_sum(weight * values, truth) for values in (found, size - found))
-        false = background_weight * (whole[:, 1] - whole[:, 0])
-        value = 1 - (hit + smooth) / (hit + alpha * false + beta * missed + smooth)
-        return scene.reduce(scene.spoil(value))
+        size = truth.count.double()
+        weight = (size + self.parameters_of_tversky["size_offset"]) ** -self.parameters_of_tversky["gamma"]
+        hit, total = (tm.plane_sum(weight * values, truth) for values in (table[1:, 0], size))
+        return self._value(hit, total, whole[:, 1] - whole[:, 0])
+
+    def _on_kernels(self, maps: _Maps) -> dict[str, _Mean]:
+        offset, power = self.parameters_of_tversky["size_offset"], self.parameters_of_tversky["gamma"]
+        (found,) = maps.sums(
+            "weighted", maps.true(), given=maps.images.given, outside=True, offset=float(offset), power=float(power)
+        )
+        return self._value(found.value, found.size, found.rest)
 
     def extra_repr(self) -> str:
         own = ", ".join(f"{name}={value:g}" for name, value in self.parameters_of_tversky.items())
@@ -267,14 +414,22 @@ class ComponentMILLoss(_ComponentLoss):
         super().__init__()
         self.settings = Settings(**options)
 
-    def _evaluate(self, scene: Scene) -> Tensor:
+    @property
+    def _weights(self) -> dict[str, float]:
+        return {"component": 1.0}
+
+    def _in_torch(self, scene: Scene) -> dict[str, _Mean]:
         part, planes = scene.partition(predicted=False), scene.planes
         truth = part.target
         every = torch.ones(truth.real, dtype=torch.bool, device=planes.values.device)
         peaks = part.peaks(planes.values.detach(), every), truth.real + 1
         request = InstanceSums(part.pixels, foreground(truth.label), False, Pointwise(0.0), (peaks,))
         _, (table,) = instance_sums(planes.values, planes.logits, (), request)
-        return self._average(scene, table[1:, 1], truth)
+        return {"component": _Mean(tm.plane_sum(table[1:, 1], truth), truth.per_plane.double())}
+
+    def _on_kernels(self, maps: _Maps) -> dict[str, _Mean]:
+        (found,) = maps.sums("peak", maps.true(), given=maps.images.given)
+        return {"component": _Mean(found.value, found.number)}
 
 
 class LesionRecallLoss(_ComponentLoss):
@@ -304,16 +459,28 @@ class LesionRecallLoss(_ComponentLoss):
         self.recall, self.false_positive = float(recall), float(false_positive)
         self.settings = Settings(threshold=threshold, **options)
 
-    def _evaluate(self, scene: Scene) -> Tensor:
+    @property
+    def _weights(self) -> dict[str, float]:
+        return {"component": self.recall, "false_part": self.false_positive}
+
+    def _in_torch(self, scene: Scene) -> dict[str, _Mean]:
         part, planes = scene.partition(predicted=True), scene.planes
         truth, pred = part.target, part.pred
         request = InstanceSums(part.pixels, foreground(truth.label), False, None, ((part.cell, part.cells),))
         inside, found = part.by_side(instance_sums(planes.values, planes.logits, (), request)[1][0][:, 0])
         lacking = 1 - inside.sum(1) / truth.count
         false = found[:, 0] / pred.count
-        return self.recall * self._average(scene, lacking, truth) + self.false_positive * self._average(
-            scene, false, pred
-        )
+        return {
+            "component": _Mean(tm.plane_sum(lacking, truth), truth.per_plane.double()),
+            "false_part": _Mean(tm.plane_sum(false, pred), pred.per_plane.double()),
+        }
+
+    def _on_kernels(self, maps: _Maps) -> dict[str, _Mean]:
+        found, false = maps.sums("weighted", maps.true(), maps.predicted(), given=maps.images.given, power=1.0)
+        return {
+            "component": _Mean(found.number - found.value, found.number),
+            "false_part": _Mean(false.value, false.number),
+        }
 
     def extra_repr(self) -> str:
         own = f"recall={self.recall:g}, false_positive={self.false_positive:g}"

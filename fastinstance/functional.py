@@ -137,7 +137,7 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
 
 
-class _Call:
+class Call:
     """One checked call: the images, and the settings that depend on their number of axes."""
 
     def __init__(
@@ -185,7 +185,7 @@ class _Call:
         )
 
 
-class Scene(_Call):
+class Scene(Call):
     """A call with its planes, partition and sums, shared by all terms."""
 
     def __init__(self, settings: Settings, *images: Tensor | None) -> None:
@@ -280,7 +280,7 @@ def _as_numbers(loss: SeparableLoss | Criterion, wanted: bool) -> tuple[tuple[fl
     return form.numbers, form.squared, -1.0 if form.gamma is None else form.gamma
 
 
-def _on_kernels(settings: Settings, wanted: Collection[str], input: Tensor) -> bool:
+def on_kernels(settings: Settings, wanted: Collection[str], input: Tensor) -> bool:
     """Whether the kernels compute these terms; a callable (a loss, or `weight_by`) needs torch."""
     if not isinstance(input, Tensor) or callable(settings.weight_by) or backend_for(input) != "triton":
         return False
@@ -289,7 +289,7 @@ def _on_kernels(settings: Settings, wanted: Collection[str], input: Tensor) -> b
     return not any(isinstance(needs.get(name), Criterion) for name in wanted)
 
 
-def _drop_small_ids(ids: Tensor, min_size: int) -> Tensor:
+def drop_small_ids(ids: Tensor, min_size: int) -> Tensor:
     """Ids `[planes, *S]`, 0 where their plane holds them fewer than `min_size` times; does not wait for a device."""
     flat = ids.flatten(1).contiguous()
     ordered = flat.sort(1).values
@@ -297,7 +297,53 @@ def _drop_small_ids(ids: Tensor, min_size: int) -> Tensor:
     return ids * (count >= min_size).view(ids.shape)
 
 
-class _Local(NamedTuple):
+class Images(NamedTuple):
+    """The images of a call as the kernels take them: planes `[B·C, *S]`, contiguous."""
+
+    values: Tensor
+    target: Tensor  # of any real dtype, or the given ids, int32
+    predicted: Tensor | None  # bool; None: where `values >= threshold`
+    valid: Tensor | None  # bool
+    given: bool  # `target` holds ids
+    logits: bool
+    threshold: float
+    batch: int
+    channels: int
+
+    @classmethod
+    def of(cls, call: Call) -> Images:
+        settings = call.settings
+        input, target, labels, valid_mask = call.images
+        batch, channels, *size = input.shape
+        logits, threshold = settings.sigmoid or settings.softmax, settings.threshold
+        predicted = valid = None
+        if settings.softmax or settings.to_onehot_y or not settings.include_background or settings.min_size > 1:
+            planes = call.in_planes()
+            channels = planes.channels
+            values, truth, predicted, valid = planes.values, planes.target, planes.predicted, planes.valid
+            labels = planes.labels
+        else:
+            values, truth = input, target.expand(-1, channels, *size)
+            if valid_mask is not None:
+                valid = (valid_mask > 0).expand(-1, channels, *size)
+            if settings.other_act is not None:
+                if valid is not None:  # NaN would come back with the slope of the activation
+                    values = values.where(valid, values.new_zeros(()))
+                values = activate(settings.other_act, values)
+            if settings.sigmoid:
+                threshold = math.log(threshold / (1 - threshold))
+        given = labels is not None
+        if labels is not None:
+            truth = labels.int()
+        shape = (batch * channels, *size)
+        values, truth = (image.reshape(shape).contiguous() for image in (values, truth))
+        predicted, valid = (
+            None if image is None else image.reshape(shape).contiguous() for image in (predicted, valid)
+        )
+        return cls(values, truth, predicted, valid, given, logits, threshold, batch, channels)
+
+
+class Local(NamedTuple):
     """The terms of the batch of this rank, and the number of entries that each is the mean of."""
 
     found: dict[str, Tensor]
@@ -305,35 +351,16 @@ class _Local(NamedTuple):
     entries: Tensor  # [2] float64: of `instance_gt` (or planes of `blob`), of `instance_pred`
 
 
-def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[_Local, Tensor]:
+def _fused(call: Call, weights: Mapping[str, float]) -> tuple[Local, Tensor]:
     """The terms named in `weights` (blob loss: "seg" and "blob") and their weighted sum, from the kernels."""
     from fastinstance_kernels.engine import Request
 
     settings = call.settings
-    input, target, labels, valid_mask = call.images
-    batch, channels, *size = input.shape
-    given = labels is not None
-    logits, threshold = settings.sigmoid or settings.softmax, settings.threshold
-    predicted = valid = None
-    if settings.softmax or settings.to_onehot_y or not settings.include_background or settings.min_size > 1:
-        planes = call.in_planes()
-        channels = planes.channels
-        values, truth, predicted, valid = planes.values, planes.target, planes.predicted, planes.valid
-        labels = planes.labels
-    else:
-        values = input if settings.other_act is None else activate(settings.other_act, input)
-        truth = target.expand(-1, channels, *size)
-        if valid_mask is not None:
-            valid = (valid_mask > 0).expand(-1, channels, *size)
-        if settings.sigmoid:
-            threshold = math.log(threshold / (1 - threshold))
-    shape = (batch * channels, *size)
-    if labels is not None:
-        truth = labels.int()
+    values, truth, predicted, valid, given, logits, threshold, batch, channels = Images.of(call)
 
     def run(
         weights: Mapping[str, float], truth: Tensor, predicted: Tensor | None, valid: Tensor | None
-    ) -> tuple[_Local, Tensor]:
+    ) -> tuple[Local, Tensor]:
         order = ("seg", "blob") if "blob" in weights else InstanceTerms._fields
         own = any(name in weights for name in ("instance_gt", "instance_pred", "proximity", "blob"))
         false_rates = "false_gt" in weights or "false_pred" in weights
@@ -365,10 +392,11 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[_Local, Tensor]:
             differentiable=values.requires_grad and torch.is_grad_enabled(),
         ).encode()
         factors = [float(weights.get(name, 0.0)) for name in order] + [0.0] * (7 - len(order))
-        images = [None if image is None else image.reshape(shape).contiguous() for image in (truth, predicted, valid)]
         found, total, entries = fused_terms(
-            values.reshape(shape).contiguous(),
-            *images,  # pyright: ignore[reportArgumentType]
+            values,
+            truth,
+            predicted,
+            valid,
             weights=factors,
             given=given,
             request=request,
@@ -377,7 +405,7 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[_Local, Tensor]:
         view = (batch, channels) if settings.reduction == "none" else ()
         terms = zip(order, found.unbind(0), strict=False)
         by_name = {name: value.view(view) for name, value in terms if name in weights}
-        return _Local(by_name, shape[0], entries), total.view(view)
+        return Local(by_name, batch * channels, entries), total.view(view)
 
     if settings.min_size <= 1:
         return run(weights, truth, predicted, valid)
@@ -387,7 +415,7 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[_Local, Tensor]:
     def keep(mask: Tensor) -> Tensor:
         return label_planes(mask, None, call.connectivity, settings.min_size)[0] > 0
 
-    kept = _drop_small_ids(truth, settings.min_size) if given else keep(truth)
+    kept = drop_small_ids(truth, settings.min_size) if given else keep(truth)
     rest = {name: weight for name, weight in weights.items() if name != "seg"}
     local, total = run(rest, kept, keep(predicted), valid)
     if "seg" in weights:
@@ -396,12 +424,12 @@ def _fused(call: _Call, weights: Mapping[str, float]) -> tuple[_Local, Tensor]:
     return local, total
 
 
-_COUNTED = {"instance_gt": 1, "blob": 1, "instance_pred": 2}
+_COUNTED = {"instance_gt": 1, "blob": 1, "component": 1, "instance_pred": 2, "false_part": 2}
 """Terms that `average="instance"` does not average over planes, and which of [planes, entries] it does."""
 
 
-def _over_ranks(
-    settings: Settings, wanted: Collection[str], input: Tensor, local: Callable[[], _Local]
+def over_ranks(
+    settings: Settings, wanted: Collection[str], input: Tensor, local: Callable[[], Local]
 ) -> dict[str, Tensor]:
     """The terms of `local`, scaled so that their mean over the ranks is that of the global batch."""
     group = resolve_group(settings.process_group)
@@ -433,8 +461,8 @@ def weighted_sum(
 ) -> Tensor:
     """Sum of weight · term over the named terms, of `InstanceTerms` or ("seg", "blob") of `BlobTerms`."""
     alone = resolve_group(settings.process_group) is None
-    if alone and _on_kernels(settings, weights, input):
-        call = _Call(settings, input, target, target_labels, valid_mask)
+    if alone and on_kernels(settings, weights, input):
+        call = Call(settings, input, target, target_labels, valid_mask)
         return _fused(call, weights)[1]
     images = input, target, target_labels, valid_mask
     blob = "blob" in weights
@@ -453,7 +481,7 @@ def evaluate(
 ) -> dict[str, Tensor]:
     """The wanted terms of `InstanceTerms` by name; what nobody wants is not computed."""
     images = input, target, target_labels, valid_mask
-    return _over_ranks(settings, wanted, input, lambda: _evaluate(settings, wanted, *images))
+    return over_ranks(settings, wanted, input, lambda: _evaluate(settings, wanted, *images))
 
 
 def _evaluate(
@@ -463,9 +491,9 @@ def _evaluate(
     target: Tensor,
     target_labels: Tensor | None,
     valid_mask: Tensor | None,
-) -> _Local:
-    if _on_kernels(settings, wanted, input):
-        return _fused(_Call(settings, input, target, target_labels, valid_mask), dict.fromkeys(wanted, 0.0))[0]
+) -> Local:
+    if on_kernels(settings, wanted, input):
+        return _fused(Call(settings, input, target, target_labels, valid_mask), dict.fromkeys(wanted, 0.0))[0]
     scene = Scene(settings, input, target, target_labels, valid_mask)
     planes, pixel, loss = scene.planes, settings.pixel, settings.instance
     by_instance = any(name != "seg" for name in wanted)
@@ -497,7 +525,7 @@ def _evaluate(
     elif "seg" in wanted:
         result["seg"] = scene.seg(whole[0], dense[0].target, part, tables[-1][1:, 0] if weighted else None)
     if part is None or not by_instance:
-        return _Local(result, number, planes.omega.new_zeros(2))
+        return Local(result, number, planes.omega.new_zeros(2))
 
     features = tm.Features.of(part, tables[0])
     truth, pred = part.target, part.pred
@@ -533,7 +561,7 @@ def _evaluate(
         rates = tm.false_rates(part, features, (weight_gt, weight_pred), soft_alone)
         for name, rate in zip(("false_gt", "false_pred"), rates, strict=True):
             result[name] = scene.reduce(scene.spoil(rate))
-    return _Local(result, number, torch.stack([gt_entries.sum(), pred_entries.sum()]))
+    return Local(result, number, torch.stack([gt_entries.sum(), pred_entries.sum()]))
 
 
 def instance_terms(
@@ -704,14 +732,14 @@ def evaluate_blob(
 ) -> BlobTerms:
     """Both parts of blob loss."""
     images = input, target, target_labels, valid_mask
-    return BlobTerms(**_over_ranks(settings, ("seg", "blob"), input, lambda: _evaluate_blob(settings, *images)))
+    return BlobTerms(**over_ranks(settings, ("seg", "blob"), input, lambda: _evaluate_blob(settings, *images)))
 
 
 def _evaluate_blob(
     settings: Settings, input: Tensor, target: Tensor, target_labels: Tensor | None, valid_mask: Tensor | None
-) -> _Local:
-    if _on_kernels(settings, BlobTerms._fields, input):
-        call = _Call(settings, input, target, target_labels, valid_mask)
+) -> Local:
+    if on_kernels(settings, BlobTerms._fields, input):
+        call = Call(settings, input, target, target_labels, valid_mask)
         return _fused(call, {"seg": 0.0, "blob": 0.0})[0]
     scene = Scene(settings, input, target, target_labels, valid_mask)
     planes, loss = scene.planes, settings.instance
@@ -749,7 +777,7 @@ def _evaluate_blob(
     # The mean is over the planes that have an instance.
     mean = settings.reduction == "mean"
     blob = scene.finish(per_plane.sum() / filled.clamp(min=1)) if mean else scene.reduce(per_plane)
-    return _Local({"seg": seg, "blob": blob}, len(planes.omega), torch.stack([filled, filled]).double())
+    return Local({"seg": seg, "blob": blob}, len(planes.omega), torch.stack([filled, filled]).double())
 
 
 def blob_terms(

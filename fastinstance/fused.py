@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["fused_terms"]
+__all__ = ["fused_terms", "no_second_derivative", "report"]
 
 _RESULTS = 18
 """`found`, `total` and the fields of `fastinstance_kernels.engine.Saved`."""
@@ -126,21 +126,21 @@ def _backward(ctx: Any, to_found: Tensor | None, to_total: Tensor | None, *_: An
 terms_op.register_autograd(_backward, setup_context=_save)
 
 
-def _no_second_derivative(ctx: Any, *_: Tensor) -> None:
+def no_second_derivative(ctx: Any, *_: Tensor) -> None:
     raise RuntimeError(
         "fastinstance losses have no second derivative; detach the gradient, or use fastinstance.reference, "
         "which is slow and differentiable any number of times"
     )
 
 
-gradient_op.register_autograd(_no_second_derivative)
+gradient_op.register_autograd(no_second_derivative)
 
 
 _pending: list[tuple[torch.cuda.Event | None, Tensor, int]] = []
 """Instance counts on their way to the host, with the event that says that they have come, and their limit."""
 
 
-def _report(counts: Tensor, limit: int) -> None:
+def report(counts: Tensor, limit: int) -> None:
     """Send the largest count to the host without waiting for it, and warn of earlier ones that were too large."""
     if torch.compiler.is_compiling() or (counts.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
@@ -174,5 +174,5 @@ def fused_terms(
     """All terms, their weighted sum, and `Saved.entries`; arguments as `fastinstance_kernels.engine.forward`."""
     found, total, *saved = terms_op(values, target, predicted, valid, weights, given, request)
     if max_instances is not None and saved[_COUNTS].numel():
-        _report(saved[_COUNTS], max_instances)
+        report(saved[_COUNTS], max_instances)
     return found, total, saved[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ class Segments(NamedTuple):
 
     start: Tensor  # [R] int64, ascending flat index of the first pixel of each run, the first of them 0
     row: Tensor  # [R] int64, the segment of each run
+    target_row: Tensor  # [G] int64, the segment of each pixel with G = 1
     rows: int  # number of segments
 
 
@@ -75,170 +77,164 @@ def instance_sums(
     return list(tables[: len(dense)]), list(tables[len(dense) :])
 
 
+class _Runs(NamedTuple):
+    """The runs of a block, which may begin before it and end after it."""
+
+    listed: slice  # of all runs
+    start: Tensor  # first pixel within the block
+    length: Tensor  # pixels within the block
+
+
 class _Block(NamedTuple):
     """Consecutive pixels: whole planes, or a part of one."""
 
     planes: slice
     pixels: slice  # of the flattened planes
     target: Tensor  # positions of the pixels with G = 1 within the block
-    target_plane: Tensor  # and the plane of each, counted from the first plane of the block
-
-    def runs(self, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the runs in the block: row and length, and the run of each pixel with G = 1."""
-        ends = segments.start.new_tensor([self.pixels.start + 1, self.pixels.stop])
-        first, last = torch.searchsorted(segments.start, ends).tolist()
-        start = segments.start[first:last] - self.pixels.start
-        edges = torch.cat([start.new_zeros(1), start, start.new_tensor([self.pixels.stop - self.pixels.start])])
-        return segments.row[first - 1 : last], edges.diff(), torch.searchsorted(start, self.target, right=True)
+    listed: slice  # and which of all these they are
+    runs: _Runs | None  # of the segments
+    row: Tensor  # of the table, of each plane or run
 
     def by_plane(self, pixels: Tensor) -> Tensor:
         return pixels.view(self.planes.stop - self.planes.start, -1)
 
-    def sum_positives(self, values: Tensor) -> Tensor:
-        """Sum over the pixels with G = 1 of each plane of the block."""
-        return torch.bincount(self.target_plane, values.double(), self.planes.stop - self.planes.start)
+    def sums(self, values: Tensor) -> Tensor:
+        """Of a value per pixel, over each plane or run."""
+        return self.by_plane(values).sum(1) if self.runs is None else _sum_runs(values, self.runs)
+
+    def spread(self, column: Tensor) -> Tensor:
+        """A value per plane, or per run of all planes -> one for each plane of the block, or for each of its pixels."""
+        if self.runs is None:
+            return column[self.planes, None]
+        return self.by_plane(_repeat_runs(column[self.runs.listed], self.runs, self.pixels.stop - self.pixels.start))
 
 
-def _blocks(planes: int, pixels: int, target: Tensor) -> Iterator[_Block]:
+def _blocks(planes: int, pixels: int, target: Tensor, segments: Segments | None) -> Iterator[_Block]:
     """Cut all pixels into blocks of about _BLOCK, so that the temporaries stay in cache."""
     rows, columns = max(1, _BLOCK // pixels), min(pixels, _BLOCK)
     edges = [r * pixels + c for r in range(0, planes, rows) for c in range(0, pixels, columns)] + [planes * pixels]
-    cuts = torch.searchsorted(target, target.new_tensor(edges)).tolist()
-    for start, stop, begin, end in zip(edges, edges[1:], cuts, cuts[1:], strict=False):
-        first, inside = start // pixels, target[begin:end]
-        yield _Block(slice(first, -(-stop // pixels)), slice(start, stop), inside - start, inside // pixels - first)
+    places = target.new_tensor(edges)
+    cuts = torch.searchsorted(target, places).tolist()
+    start_of = target if segments is None else segments.start
+    sooner, later = (torch.searchsorted(start_of, places, right=after).tolist() for after in (False, True))
+    for k, (start, stop) in enumerate(itertools.pairwise(edges)):
+        listed, inside, runs = slice(cuts[k], cuts[k + 1]), slice(start // pixels, -(-stop // pixels)), None
+        if segments is None:
+            row = torch.arange(inside.start, inside.stop, device=target.device)
+        else:
+            which = slice(later[k] - 1, sooner[k + 1])
+            place = (segments.start[which] - start).clamp_(min=0)
+            runs = _Runs(which, place, torch.cat([place, place.new_tensor([stop - start])]).diff())
+            row = segments.row[which]
+        yield _Block(inside, slice(start, stop), target[listed] - start, listed, runs, row)
 
 
-def _wrong_and_cost(x: Tensor, target: Tensor, logits: bool, with_cost: bool) -> tuple[Tensor, Tensor | None]:
-    """w = |p - G| and c = -log(1 - w) of pixels x, G = 1 at the positions `target`.
+def _wrong_and_cost(x: Tensor, positive: bool, logits: bool, with_cost: bool) -> tuple[Tensor, Tensor | None]:
+    """w = |p - G| and c = -log(1 - w) of pixels x of one G.
 
     From logits both come from the logit of the wrong answer, so that nothing cancels at either end.
     """
-    positives = x.index_select(0, target)
     if not logits:
-        wrong = x.scatter(0, target, 1 - positives)
-        return wrong, cost_of((1 - x).scatter_(0, target, positives)) if with_cost else None
-    wrong = x.sigmoid().scatter_(0, target, (-positives).sigmoid_())
-    if not with_cost:
-        return wrong, None
+        return (1 - x if positive else x.clone()), cost_of(x if positive else 1 - x) if with_cost else None
+    wrong = -x if positive else x
     exact_from = 20 if x.dtype == torch.float32 else 40  # softplus(x) = x to the last bit
-    cost = F.softplus(x, threshold=exact_from)
-    return wrong, cost.scatter_(0, target, F.softplus(-positives, threshold=exact_from))
+    return wrong.sigmoid(), F.softplus(wrong, threshold=exact_from) if with_cost else None
 
 
-def _sum_runs(values: Tensor, length: Tensor) -> Tensor:
-    """Sums over runs of so many consecutive pixels, none of them empty; float64."""
+def _sum_runs(values: Tensor, runs: _Runs) -> Tensor:
+    """Sums over runs, none of them empty, added pairwise in the type of the values."""
     if values.device.type == "cpu":
-        start = (length.cumsum(0) - length).numpy()
-        return torch.from_numpy(np.add.reduceat(values.numpy(), start, dtype=np.float64))
-    return torch.segment_reduce(values.double(), "sum", lengths=length)
+        return torch.from_numpy(np.add.reduceat(values.numpy(), runs.start.numpy()))
+    return torch.segment_reduce(values, "sum", lengths=runs.length)
 
 
-def _repeat_runs(values: Tensor, length: Tensor, pixels: int) -> Tensor:
+def _repeat_runs(values: Tensor, runs: _Runs, pixels: int) -> Tensor:
     """A value per run -> a value per pixel."""
     if values.device.type == "cpu":
-        return torch.from_numpy(np.repeat(values.numpy(), length.numpy()))
-    return values.repeat_interleave(length, output_size=pixels)
+        return torch.from_numpy(np.repeat(values.numpy(), runs.length.numpy()))
+    return values.repeat_interleave(runs.length, output_size=pixels)
 
 
-def _segment_sums(block: _Block, w: Tensor, c: Tensor | None, request: DenseSums, table: Tensor) -> None:
-    """Add the sums of one block to the rows of its segments."""
-    assert request.segments is not None
-    row, length, run = block.runs(request.segments)
-    missed = w.index_select(0, block.target)
-    power = 2 if request.squared else 1
+class _Dense(NamedTuple):
+    """What the gradient of a dense request needs: w and, where the slope depends on it, c."""
 
-    def over_positives(values: Tensor) -> Tensor:
-        return torch.bincount(run, values.double(), len(row))
-
-    columns = [
-        over_positives(1 - missed),
-        _sum_runs(w if power == 1 else w.square(), length) + over_positives((1 - missed) ** power - missed**power),
-    ]
-    if request.pointwise is not None and c is not None:
-        columns.append(_sum_runs(request.pointwise(w, c), length))
-    for column, sums in zip(table.unbind(1), columns, strict=False):
-        column += torch.bincount(row, sums, len(table))
+    row: Tensor  # [G] of the table, of each pixel with G = 1
+    missed: tuple[Tensor, Tensor | None]  # of these pixels
+    blocks: list[tuple[_Block, Tensor, Tensor | None]]  # of all
 
 
-class _DensePart(NamedTuple):
-    """What the gradient of a dense request needs of one block."""
-
-    block: _Block
-    wrong: Tensor
-    cost: Tensor | None
-
-
-def _dense_sums(values: Tensor, logits: bool, request: DenseSums, keep: bool) -> tuple[Tensor, list[_DensePart]]:
+def _dense_sums(values: Tensor, logits: bool, request: DenseSums, keep: bool) -> tuple[Tensor, _Dense]:
     """The sums of one dense request, and what its gradient needs if that is to be kept."""
     planes, pixels = values.shape
-    segments = request.segments
+    segments, pointwise, flat = request.segments, request.pointwise, values.view(-1)
+    row = request.target // pixels if segments is None else segments.target_row
     table = values.new_zeros((planes if segments is None else segments.rows, 3), dtype=torch.float64)
-    power = 2 if request.squared else 1
-    parts = []
-    for block in _blocks(planes, pixels, request.target):
-        x = values.view(-1)[block.pixels]
-        w, c = _wrong_and_cost(x, block.target, logits, request.pointwise is not None)
+    by_cost = pointwise is not None and pointwise.slope_needs_cost(logits)
+    missed, cost = _wrong_and_cost(flat.index_select(0, request.target), True, logits, pointwise is not None)
+
+    def add_positives(column: int, positives: Tensor) -> None:
+        table[:, column] += torch.bincount(row, positives.double(), len(table))
+
+    add_positives(0, 1 - missed)
+    add_positives(1, 1 - 2 * missed)  # p^k - w^k with p = 1 - w
+    if request.positives_only and pointwise is not None and cost is not None:
+        add_positives(2, pointwise(missed, cost))
+    blocks, rows, sums = [], [], ([], [])
+    for block in _blocks(planes, pixels, request.target, segments):
+        w, c = _wrong_and_cost(flat[block.pixels], False, logits, pointwise is not None)
+        w.scatter_(0, block.target, missed[block.listed])
+        rows.append(block.row)
+        sums[0].append(block.sums(w.square() if request.squared else w))
+        if c is not None and cost is not None:
+            c.scatter_(0, block.target, cost[block.listed])
+            if pointwise is not None and not request.positives_only:
+                sums[1].append(block.sums(pointwise(w, c)))
         if keep:
-            parts.append(_DensePart(block, w, c))
-        if segments is not None:
-            _segment_sums(block, w, c, request, table)
-            continue
-        missed = w.index_select(0, block.target)  # w where G = 1, where p = 1 - w
-        rows = table[block.planes]
-        rows[:, 0] += block.sum_positives(1 - missed)
-        rows[:, 1] += block.by_plane(w if power == 1 else w.square()).sum(1)
-        rows[:, 1] += block.sum_positives((1 - missed) ** power - missed**power)
-        if request.pointwise is not None and c is not None:
-            if request.positives_only:
-                rows[:, 2] += block.sum_positives(request.pointwise(missed, c.index_select(0, block.target)))
-            else:
-                rows[:, 2] += block.by_plane(request.pointwise(w, c)).sum(1)
-    return table, parts
+            blocks.append((block, w, c if by_cost else None))
+    for column, found in enumerate(sums, 1):
+        if found:
+            table[:, column] += torch.bincount(torch.cat(rows), torch.cat(found).double(), len(table))
+    return table, _Dense(row, (missed, cost if by_cost else None), blocks)
 
 
-def _dense_gradient(
-    gradient: Tensor, logits: bool, request: DenseSums, upstream: Tensor, parts: list[_DensePart]
-) -> None:
-    """Write upstream [planes, 3] · ∂(sums)/∂values into `gradient` [planes · P]."""
-    to_sums = upstream.to(gradient.dtype)
-    for block, w, c in parts:
-        out = gradient[block.pixels]
-        if request.segments is None:
-            rows, of_positive = to_sums[block.planes], block.target_plane
-            _, to_pred, to_pointwise = rows[:, :, None].unbind(1)
-        else:
-            row, length, of_positive = block.runs(request.segments)
-            rows = to_sums.index_select(0, row)
-            to_pred, to_pointwise = (
-                block.by_plane(_repeat_runs(column, length, len(out))) for column in rows[:, 1:].T.contiguous()
-            )
-        dp = w - w.square() if logits else torch.ones_like(w)
-        dv = None
-        if request.pointwise is not None and c is not None:
-            dv = request.pointwise.slope(w, c, logits)
-        torch.mul(block.by_plane(dp), to_pred, out=block.by_plane(out))
+def _slopes(w: Tensor, c: Tensor | None, logits: bool, pointwise: Pointwise | None) -> tuple[Tensor, Tensor | None]:
+    """dw/ds and dv/ds for s the logit of the wrong answer (dw/dw and dv/dw for probabilities)."""
+    dw = torch.addcmul(w, w, w, value=-1) if logits else torch.ones_like(w)
+    return dw, None if pointwise is None else pointwise.slope(w, c, logits)
+
+
+def _dense_gradient(gradient: Tensor, logits: bool, request: DenseSums, upstream: Tensor, kept: _Dense) -> None:
+    """Write upstream [rows, 3] · ∂(sums)/∂values into `gradient` [planes · P]."""
+    to_sums = upstream.to(gradient.dtype).T.contiguous()
+    _, to_pred, to_pointwise = to_sums if request.segments is None else to_sums.index_select(1, request.segments.row)
+    for block, w, c in kept.blocks:
+        out = block.by_plane(gradient[block.pixels])
+        dp, dv = _slopes(w, c, logits, None if request.positives_only else request.pointwise)
+        torch.mul(block.by_plane(dp), block.spread(to_pred), out=out)
         if request.squared:
-            out *= 2 * w
-        if dv is not None and not request.positives_only:
-            block.by_plane(out).addcmul_(block.by_plane(dv), to_pointwise)
-
-        to_intersection, to_pred, to_pointwise = rows.index_select(0, of_positive).unbind(1)
-        missed = w.index_select(0, block.target)
-        to_p = to_intersection + to_pred * (2 - 2 * missed if request.squared else 1)
-        slope = to_p * dp.index_select(0, block.target)
+            out *= block.by_plane(2 * w)
         if dv is not None:
-            slope -= to_pointwise * dv.index_select(0, block.target)
-        out.scatter_(0, block.target, slope)
+            out.addcmul_(block.by_plane(dv), block.spread(to_pointwise))
+
+    missed, cost = kept.missed
+    to_intersection, to_pred, to_pointwise = to_sums.index_select(1, kept.row)
+    dp, dv = _slopes(missed, cost, logits, request.pointwise)
+    slope = (to_intersection + to_pred * (2 - 2 * missed if request.squared else 1)) * dp
+    if dv is not None:
+        slope -= to_pointwise * dv
+    gradient.scatter_(0, request.target, slope)
 
 
 def _instance_features(values: Tensor, logits: bool, request: InstanceSums) -> tuple[list[Tensor], list[Tensor | None]]:
     """p, p² and v of the listed pixels as asked for, and the slope of each (None: 1)."""
     x = values.view(-1).index_select(0, request.pixels)
-    w, c = _wrong_and_cost(x, request.target, logits, request.pointwise is not None)
-    missed = w.index_select(0, request.target)
+    w, c = _wrong_and_cost(x, False, logits, request.pointwise is not None)
+    missed, cost = _wrong_and_cost(x.index_select(0, request.target), True, logits, request.pointwise is not None)
     p = w.scatter(0, request.target, 1 - missed)
-    dp = w - w.square() if logits else None
+    w.scatter_(0, request.target, missed)
+    if c is not None and cost is not None:
+        c.scatter_(0, request.target, cost)
+    dp = torch.addcmul(w, w, w, value=-1) if logits else None
     features, slopes = [p], [dp]
     if request.squared:
         features.append(p.square())
@@ -273,9 +269,9 @@ class _Sums(torch.autograd.Function):
         values = values.contiguous()
         tables, saved = [], []
         for request in dense:
-            table, parts = _dense_sums(values, logits, request, keep)
+            table, kept = _dense_sums(values, logits, request, keep)
             tables.append(table)
-            saved.append(parts)
+            saved.append(kept)
         slopes: list[Tensor | None] = []
         if instances is not None:
             features, slopes = _instance_features(values, logits, instances)
@@ -299,15 +295,15 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     @torch.no_grad()
     def _gradient(ctx: Any, upstream: tuple[Tensor | None, ...]) -> Tensor:
-        gradient = torch.zeros(ctx.like.shape, dtype=ctx.like.dtype, device=ctx.like.device)
         asked = [
-            (request, to_sums, parts)
-            for request, to_sums, parts in zip(ctx.dense, upstream, ctx.saved, strict=False)
+            (request, to_sums, kept)
+            for request, to_sums, kept in zip(ctx.dense, upstream, ctx.saved, strict=False)
             if to_sums is not None
         ]
-        for n, (request, to_sums, parts) in enumerate(asked):
+        gradient = (torch.empty if asked else torch.zeros)(ctx.like.shape, dtype=ctx.like.dtype, device=ctx.like.device)
+        for n, (request, to_sums, kept) in enumerate(asked):
             share = gradient if n == 0 else torch.empty_like(gradient)
-            _dense_gradient(share.view(-1), ctx.logits, request, to_sums, parts)
+            _dense_gradient(share.view(-1), ctx.logits, request, to_sums, kept)
             if n > 0:
                 gradient += share
         if ctx.instances is not None:

@@ -64,8 +64,13 @@ class Pointwise:
     def __call__(self, wrong: Tensor, cost: Tensor) -> Tensor:
         return cost if self.gamma == 0 else wrong**self.gamma * cost
 
-    def slope(self, wrong: Tensor, cost: Tensor, logits: bool) -> Tensor:
+    def slope_needs_cost(self, logits: bool) -> bool:
+        return self.gamma > 0 or not logits
+
+    def slope(self, wrong: Tensor, cost: Tensor | None, logits: bool) -> Tensor:
         """dv/ds for s the logit of the wrong answer, or dv/dw for given probabilities."""
+        if cost is None:
+            return wrong
         power = wrong**self.gamma if self.gamma else 1.0
         if logits:
             return torch.add(wrong, torch.addcmul(cost, cost, wrong, value=-1), alpha=self.gamma).mul_(power)

@@ -23,7 +23,7 @@ class Planes:
     values: Tensor  # [B·C, P] float32 or float64: logits, or probabilities; carries the gradient
     logits: bool
     categorical: bool  # the channels of an image are one softmax distribution
-    predicted: Tensor  # [B·C, *S] bool: probability >= threshold
+    mark: Callable[[], Tensor]  # makes `predicted`
     target: Tensor  # [B·C, *S] bool
     labels: Tensor | None  # [B·C, *S] given ground-truth ids, 0 = background
     valid: Tensor | None  # [B·C, *S] bool
@@ -31,6 +31,11 @@ class Planes:
     batch: int
     channels: int
     size: tuple[int, ...]  # S
+
+    @property
+    def predicted(self) -> Tensor:
+        """[B·C, *S] bool: probability >= threshold, made for each who asks."""
+        return self.mark()
 
 
 def _one_against_rest(logits: Tensor) -> Tensor:
@@ -47,7 +52,6 @@ def _one_against_rest(logits: Tensor) -> Tensor:
 
 def _at_least(values: Tensor, bound: float) -> Tensor:
     """values >= bound; on the CPU numpy takes a fifth of torch's time."""
-    values = values.detach()
     if values.device.type == "cpu" and values.dtype != torch.bfloat16 and not torch.compiler.is_compiling():
         array = values.numpy()
         return torch.from_numpy(np.greater_equal(array, array.dtype.type(bound)))
@@ -88,12 +92,13 @@ def to_planes(
         valid_mask = valid_mask > 0
         wide = wide.where(valid_mask, wide.new_zeros(()))  # what an invalid pixel holds, even NaN, stays out
     if sigmoid:
-        values, predicted = wide, _at_least(wide, math.log(threshold / (1 - threshold)))
+        values = wide
+        least = math.log(threshold / (1 - threshold))
     elif softmax:
-        values, predicted = _one_against_rest(wide), _at_least(wide.softmax(1), threshold)
+        values, least = _one_against_rest(wide), threshold
     else:
-        values = wide if other_act is None else activate(other_act, wide)
-        predicted = _at_least(values, threshold)
+        values, least = wide if other_act is None else activate(other_act, wide), threshold
+    marked = wide.detach() if softmax else values.detach()
 
     if target_labels is not None:
         truth = target_labels.bool()
@@ -105,7 +110,7 @@ def to_planes(
 
     if not include_background:
         channels -= 1
-        values, predicted, truth = values[:, 1:], predicted[:, 1:], truth[:, 1:]
+        values, truth = values[:, 1:], truth[:, 1:]
         target_labels = None if target_labels is None else target_labels[:, 1:]
 
     shape = (batch * channels, *size)
@@ -116,14 +121,19 @@ def to_planes(
     if valid_mask is not None:
         valid = valid_mask.expand(-1, channels, *size)
         values = values.where(valid, values.new_tensor(_IMPOSSIBLE if logits else 0.0))
-        predicted, truth, valid = (mask.logical_and(valid).reshape(shape) for mask in (predicted, truth, valid))
+        truth, valid = (mask.logical_and(valid).reshape(shape) for mask in (truth, valid))
         labels = None if labels is None else labels * valid
         omega = valid.flatten(1).sum(1, dtype=torch.float64)
+
+    def mark() -> Tensor:
+        predicted = _at_least(marked.softmax(1) if softmax else marked, least)[:, -channels:].reshape(shape)
+        return predicted if valid is None else predicted & valid
+
     return Planes(
         values=values.reshape(batch * channels, math.prod(size)),
         logits=logits,
         categorical=softmax,
-        predicted=predicted.reshape(shape),
+        mark=mark,
         target=truth.reshape(shape),
         labels=labels,
         valid=valid,

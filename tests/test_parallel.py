@@ -38,9 +38,15 @@ CASES: dict[str, tuple[Loss, dict[str, Any]]] = {
     "weights of one's own": (fastinstance.InstanceLoss, {**EVERY, "weight_by": lambda size: 0.25 + size / 8}),
     "blob": (fastinstance.BlobLoss, {}),
     "blob, sum": (fastinstance.BlobLoss, {"reduction": "sum", "instance_loss": "dice"}),
+    "CC": (fastinstance.CCLoss, {}),
+    "CC, average over images": (fastinstance.CCLoss, {"average": "image", "pixel_loss": "dice"}),
+    "component Tversky": (fastinstance.ComponentTverskyLoss, {"min_size": 2}),
+    "component MIL": (fastinstance.ComponentMILLoss, {}),
+    "lesion recall": (fastinstance.LesionRecallLoss, {"false_positive": 0.5}),
+    "lesion recall, sum": (fastinstance.LesionRecallLoss, {"reduction": "sum"}),
 }
 SCENES = ("usual", "no instance on rank 0", "no instance on rank 1", "nothing on rank 0", "nothing at all")
-KERNELS = ("both sides", "blob")
+KERNELS = ("both sides", "lesion recall", "blob")
 """Cases that run on the Triton kernels too, in the interpreter."""
 
 
@@ -135,6 +141,9 @@ def worker(rank: int, store: str, out: str) -> None:
         "loss": lambda: call(pixel_loss=fastinstance.DiceLoss(squared_pred=bool(rank))),
         "weight": lambda: call(false_gt=1.0 + rank),
         "reduction": lambda: call(reduction=("none", "mean")[rank]),
+        "parameter": lambda: fastinstance.ComponentTverskyLoss(
+            sigmoid=True, process_group="world", alpha=0.3 + 0.1 * rank
+        )(logits, target),
         "kind": lambda: call(kind=(fastinstance.FalseLoss, fastinstance.BlobLoss)[rank]),
         "channels": lambda: fastinstance.FalseLoss(sigmoid=True, process_group="world")(
             logits.expand(-1, 1 + rank, -1, -1), target
@@ -229,6 +238,7 @@ def test_functions_without_a_name_of_their_own_are_alike(found: list[dict[Any, A
         ("loss", ("'pixel_loss': Dice(", "squared_pred=True")),
         ("weight", ("'false_gt': 1.0", "'false_gt': 2.0")),
         ("reduction", ("'reduction': 'none'", "")),
+        ("parameter", ("'alpha': 0.3", "'alpha': 0.4")),
         ("kind", ("'false_gt': 1.0", "'blob'")),
         ("channels", ("1 channels", "2 channels")),
     ],

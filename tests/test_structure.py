@@ -16,7 +16,7 @@ from tests.lines import lines_executed
 ROOT = Path(__file__).parent.parent
 # A module may import from the layers above its own in this list (and from its own).
 LAYERS = [
-    {"backend", "boxes", "checks", "criteria", "files", "fused", "graphs", "pixel", "ranks", "summary"},
+    {"backend", "boxes", "checks", "criteria", "files", "fused", "graphs", "pixel", "ranks", "segments", "summary"},
     {"components", "ops", "parallel", "planes", "regions"},
     {"partition"},
     {"masked", "matching", "terms"},

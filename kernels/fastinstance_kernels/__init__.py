@@ -5,7 +5,8 @@ and launch a number of kernels that depends on their settings and never on the d
 CUDA graph.
 """
 
+from .given import number_ids
 from .label import label_planes
 from .regions import nearest_label
 
-__all__ = ["label_planes", "nearest_label"]
+__all__ = ["label_planes", "nearest_label", "number_ids"]

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,8 +37,17 @@ class Loss(NamedTuple):
 
 
 @torch.compiler.assume_constant_result
-def _as_text(fields: tuple[object, ...]) -> str:
+def as_text(fields: tuple[object, ...]) -> str:
     return json.dumps(fields)
+
+
+def fields_of(text: str) -> list[Any]:
+    """What `as_text` was given, with tuples for its sequences."""
+
+    def frozen(value: object) -> object:
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    return [*map(frozen, json.loads(text))]
 
 
 class Request(NamedTuple):
@@ -72,15 +81,12 @@ class Request(NamedTuple):
 
     def encode(self) -> str:
         """As text: what an operator can take."""
-        return _as_text(tuple(self))
+        return as_text(tuple(self))
 
     @staticmethod
     @lru_cache(maxsize=256)
     def decode(text: str) -> Request:
-        def frozen(value: object) -> object:
-            return tuple(map(frozen, value)) if isinstance(value, list) else value
-
-        request = Request(*map(frozen, json.loads(text)))
+        request = Request(*fields_of(text))
         losses = {name: Loss(*getattr(request, name)) for name in ("seg", "own", "center") if getattr(request, name)}
         return request._replace(**losses)
 
@@ -138,8 +144,8 @@ class Saved(NamedTuple):
     entries: Tensor
 
 
-class _Plan(NamedTuple):
-    """Sizes that follow from the shape of the images and the request; all else is left to the kernels."""
+class Plan(NamedTuple):
+    """Sizes that follow from the shape of the images and the settings; all else is left to the kernels."""
 
     planes: int
     depth: int
@@ -152,14 +158,14 @@ class _Plan(NamedTuple):
     key: torch.dtype  # of a pair
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], request: Request, given: bool) -> _Plan:
+    def of(cls, shape: tuple[int, ...], connectivity: int, max_instances: int | None, given: bool) -> Plan:
         planes, *size = shape
         depth, height, width = size if len(size) == 3 else (1, *size)
         pixels = depth * height * width
         launch.check_plane(depth * height, width, shape)
         quarters = math.prod((length + 1) // 2 for length in size)
-        most = {8: quarters, 26: quarters, 18: 2 * quarters}.get(request.connectivity, (pixels + 1) // 2)
-        limit = pixels if request.max_instances is None else request.max_instances
+        most = {8: quarters, 26: quarters, 18: 2 * quarters}.get(connectivity, (pixels + 1) // 2)
+        limit = pixels if max_instances is None else max_instances
         bound, bound_pred = min(pixels if given else most, pixels, limit), min(most, pixels, limit)
         capacity = slots_for(min(bound * bound_pred, pixels))
         key = torch.int32 if bound * bound_pred < 2**31 else torch.int64
@@ -203,7 +209,7 @@ def shapes(
     request: Request, shape: tuple[int, ...], dtype: torch.dtype, given: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of each result of `forward`: `found`, `total`, then the fields of `Saved`."""
-    plan = _Plan.of(shape, request, given)
+    plan = Plan.of(shape, request.connectivity, request.max_instances, given)
     sides, k = request.sides, request.features
     planes, rows = plan.planes, plan.table_rows(sides)
     pred_rows = planes * plan.bound_pred
@@ -261,7 +267,7 @@ def forward(
         saved: for `backward`.
     """
     launch.check_device(values)
-    plan = _Plan.of(tuple(values.shape), request, given)
+    plan = Plan.of(tuple(values.shape), request.connectivity, request.max_instances, given)
     results = {
         name: torch.empty(shape, dtype=dtype, device=values.device)
         for name, (shape, dtype) in shapes(request, tuple(values.shape), values.dtype, given).items()
@@ -381,7 +387,7 @@ def backward(
     given: bool,
 ) -> Tensor:
     """∂loss/∂values, of the dtype and shape of `values`, from the derivatives by `found` and `total` (None: zero)."""
-    plan = _Plan.of(tuple(values.shape), request, given)
+    plan = Plan.of(tuple(values.shape), request.connectivity, request.max_instances, given)
     planes, sides, k = plan.planes, request.sides, request.features
     own, seg, center = request.own or Loss(), request.seg or Loss(), request.center or Loss()
     wide = values.dtype == torch.float64

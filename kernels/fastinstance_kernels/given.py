@@ -17,7 +17,7 @@ slot holds. No program needs what another one of the same launch writes: all ato
 """
 
 # Compile-time parameters are annotated tl.constexpr and take Python values; launch options are no parameters.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import math
 from collections.abc import Sequence
@@ -27,14 +27,30 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .label import empty_parents, label_forest, write_labels
 from .tables import EMPTY, hash_of, slots_for
-from .words import WORD, any_of, lowest_bit
+from .words import WORD, any_of, cuts_of, heads_of, image_tile, lowest_bit
 
 NEVER = tl.constexpr(-2)
 """In no slot: a compare-and-swap with this does nothing."""
 LOW = tl.constexpr(0xFFFFFFFF)
 
 _RUNTIME = ("width", "row_words", "words", "pixels", "blocks", "capacity")
+
+
+@triton.jit(do_not_specialize=["rows", "width", "row_words", "row_tiles"])
+def pack_ids(ids, masks, heads, rows, width, row_words, row_tiles, ROWS: tl.constexpr):
+    """One [ROWS, WORD] tile of one plane, slices one below the other: its mask words and their heads."""
+    plane, _, y, column = image_tile(1, row_words, row_tiles, ROWS)
+    lane = tl.arange(0, WORD)[None, :]
+    x = column * WORD + lane
+    offset = plane * rows * width + y * width + x
+    number = tl.load(ids + offset, mask=(y < rows) & (x < width), other=0)
+    positive = number != 0
+    word = tl.sum(positive.to(tl.int32) << lane, axis=1, keep_dims=True)
+    words = (plane * rows + y) * row_words + column
+    tl.store(masks + words, word, mask=y < rows)
+    tl.store(heads + words, heads_of(word) | cuts_of(ids, offset, number, positive, lane), mask=y < rows)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -127,3 +143,31 @@ def given_forest(
             WORDS=launch.BLOCK_WORDS, num_warps=1,
         )  # fmt: skip
         point[grid](heads, parents, slots, words, blocks, capacity, WORDS=launch.BLOCK_WORDS, num_warps=1)
+
+
+def number_ids(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of any value -> 1..K of each plane, in raster order of the first pixel of each; 0 stays 0.
+
+    Args:
+        ids: `[planes, *S]`, 2D or 3D, contiguous int32.
+
+    Returns:
+        numbers: int32 like `ids`.
+        counts: int32 `[planes]`, K of each plane.
+    """
+    launch.check_device(ids)
+    planes, *size = ids.shape
+    rows, width = math.prod(size[:-1]), size[-1]
+    launch.check_plane(rows, width, ids.shape)
+    row_words, row_tiles = triton.cdiv(width, launch.WORD), triton.cdiv(rows, launch.TILE_ROWS)
+    masks, heads = (torch.empty(planes, rows * row_words, dtype=torch.int32, device=ids.device) for _ in range(2))
+    parents = empty_parents(ids, planes, size)
+    slots = torch.empty(planes * slots_for(rows * width), dtype=torch.int64, device=ids.device)
+    with torch.cuda.device_of(ids):
+        pack_ids[launch.programs(planes, row_tiles * row_words)](
+            ids, masks, heads, rows, width, row_words, row_tiles, ROWS=launch.TILE_ROWS, num_warps=1
+        )
+        given_forest(ids, heads, parents, slots, planes, size)
+        # No component is looked for: any connectivity will do.
+        _, block_counts, _ = label_forest(masks, heads, planes, size, 0, parents=parents, first_given=planes)
+    return write_labels(masks, heads, parents, block_counts, planes, size)

@@ -415,7 +415,7 @@ def scan(block_counts, block_starts, counts, blocks, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def write(
-    mask, parents, block_starts, labels, height, width, row_words, tiles_y, blocks, ROWS: tl.constexpr
+    mask, heads, parents, block_starts, labels, height, width, row_words, tiles_y, blocks, ROWS: tl.constexpr
 ):  # fmt: skip
     """One tile of the label images, slices one below the other: pixel -> head -> root -> number -> id."""
     plane, _, y, column = image_tile(1, row_words, tiles_y, ROWS)
@@ -426,9 +426,8 @@ def write(
     word = tl.load(mask + plane * words + at, mask=y < height, other=0)
     label = tl.zeros([ROWS, WORD], tl.int32)
     if any_of(word != 0):
-        label = instances_at(
-            word, heads_of(word), at, lane, parents + plane * words * WORD, block_starts + plane * blocks
-        )
+        head = tl.load(heads + plane * words + at, mask=y < height, other=0)
+        label = instances_at(word, head, at, lane, parents + plane * words * WORD, block_starts + plane * blocks)
     tl.store(labels + plane * height * width + (y * width + x), label, mask=(y < height) & (x < width))
 
 
@@ -514,6 +513,30 @@ def label_forest(
     return parents, block_counts, block_counts.shape[1]
 
 
+def write_labels(
+    mask: torch.Tensor,
+    heads: torch.Tensor,
+    parents: torch.Tensor,
+    block_counts: torch.Tensor,
+    planes: int,
+    size: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The image of labels of a forest from `label_forest`, int32 [planes, *size], and how many each plane has."""
+    rows, width = math.prod(size[:-1]), size[-1]
+    row_words, row_tiles = triton.cdiv(width, launch.WORD), triton.cdiv(rows, launch.TILE_ROWS)
+    blocks = block_counts.shape[1]
+    labels, counts, block_starts = _empty(mask, planes, *size), _empty(mask, planes), _empty(mask, planes, blocks)
+    with torch.cuda.device_of(mask):
+        scan[(planes,)](
+            block_counts, block_starts, counts, blocks, BLOCK=launch.SCAN_BLOCK, num_warps=launch.SCAN_WARPS
+        )
+        write[launch.programs(planes, row_tiles * row_words)](
+            mask, heads, parents, block_starts, labels, rows, width, row_words, row_tiles, blocks,
+            ROWS=launch.TILE_ROWS, **_ONE_WARP,
+        )  # fmt: skip
+    return labels, counts
+
+
 def label_planes(
     x: torch.Tensor, *, threshold: float | None = None, connectivity: int | None = None, min_size: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -573,11 +596,7 @@ def label_planes(
     stride_plane, *stride_slice, stride_y, stride_x = x.stride()
     slice_tiles = triton.cdiv(height, launch.TILE_ROWS)
     pack_grid = launch.programs(planes, depth * slice_tiles * row_words)
-    row_tiles = triton.cdiv(rows, launch.TILE_ROWS)
-    write_grid = launch.programs(planes, row_tiles * row_words)
 
-    labels = _empty(x, *x.shape)
-    counts = _empty(x, planes)
     mask = _empty(x, planes, words)
     heads = _empty(x, planes, words)
     with torch.cuda.device_of(x):
@@ -587,13 +606,5 @@ def label_planes(
             stride_plane, stride_slice[0] if volume else 0, stride_y, stride_x,
             THRESHOLD=threshold is not None, ROWS=launch.TILE_ROWS, **_ONE_WARP,
         )  # fmt: skip
-        parents, block_counts, blocks = label_forest(mask, heads, planes, size, connectivity, min_size=min_size)
-        block_starts = _empty(x, planes, blocks)
-        scan[(planes,)](
-            block_counts, block_starts, counts, blocks, BLOCK=launch.SCAN_BLOCK, num_warps=launch.SCAN_WARPS
-        )
-        write[write_grid](
-            mask, parents, block_starts, labels, rows, width, row_words, row_tiles, blocks,
-            ROWS=launch.TILE_ROWS, **_ONE_WARP,
-        )  # fmt: skip
-    return labels, counts
+        parents, block_counts, _ = label_forest(mask, heads, planes, size, connectivity, min_size=min_size)
+    return write_labels(mask, heads, parents, block_counts, planes, size)

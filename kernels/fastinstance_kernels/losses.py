@@ -33,15 +33,15 @@ def _log1p(e):
 
 
 @triton.jit
-def _power(w, EXPONENT: tl.constexpr):
+def power(w, EXPONENT: tl.constexpr):
     """w^EXPONENT for w >= 0 and EXPONENT >= 0."""
     if EXPONENT == 0:
         return tl.full(w.shape, 1.0, w.dtype)
     elif int(EXPONENT) == EXPONENT and EXPONENT <= 8:
-        power = w
+        result = w
         for _ in tl.static_range(int(EXPONENT) - 1):
-            power *= w
-        return power
+            result *= w
+        return result
     else:
         some = w > 0
         return tl.where(some, tl.exp2(EXPONENT * tl.log2(tl.where(some, w, 1.0))), 0.0)
@@ -81,7 +81,7 @@ def pointwise(w, c, GAMMA: tl.constexpr):
     if GAMMA == 0:
         return c
     else:
-        return _power(w, GAMMA) * c
+        return power(w, GAMMA) * c
 
 
 @triton.jit
@@ -91,13 +91,13 @@ def pointwise_slope(x, positive, LOGITS: tl.constexpr, GAMMA: tl.constexpr):
     if LOGITS:
         slope = w
         if GAMMA != 0:
-            slope = _power(w, GAMMA) * (w + GAMMA * c * (1 - w))
+            slope = power(w, GAMMA) * (w + GAMMA * c * (1 - w))
     else:
         right = tl.where(positive, x, 1 - x)
         above = right > EPS  # c is constant below
         slope = tl.where(above, 1 / tl.where(above, right, 1.0), 0.0)
         if GAMMA != 0:
-            slope = _power(w, GAMMA - 1) * (w * slope + GAMMA * c)
+            slope = power(w, GAMMA - 1) * (w * slope + GAMMA * c)
     return tl.where(positive, -slope, slope)
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .losses import features, pointwise
-from .words import WORD, heads_of, image_tile, is_foreground
+from .words import WORD, cuts_of, heads_of, image_tile, is_foreground
 
 COLUMNS = tl.constexpr(8)
 """Columns of the sums of a tile: Σ P·G, Σ P^k, Σ G, Σ v, |Ω|, poison, Σ P^k and Σ v where G = 0 (blob loss)."""
@@ -54,8 +54,7 @@ def pack(
     word = tl.sum(positive.to(tl.int32) << lane, axis=1, keep_dims=True)
     head = heads_of(word)
     if GIVEN:
-        left = tl.load(target + offset - 1, mask=positive & (lane > 0), other=0)
-        head = head | tl.sum((positive & (lane > 0) & (left != ids)).to(tl.int32) << lane, axis=1, keep_dims=True)
+        head = head | cuts_of(target, offset, ids, positive, lane)
     words = (plane * rows + y) * row_words + column
     tl.store(masks + words, word, mask=y < rows)
     tl.store(heads + words, head, mask=y < rows)

@@ -148,7 +148,7 @@ def pair_at(slots, at, n, m, inside):
 
 
 @triton.jit
-def _clear(pointer, length, value, group, groups, BLOCK: tl.constexpr):
+def clear(pointer, length, value, group, groups, BLOCK: tl.constexpr):
     """This group's share of `pointer[:length] = value`."""
     first = group.to(tl.int64) * BLOCK
     while first < length:
@@ -218,17 +218,17 @@ def prepare(
             tl.store(counts + side_plane, found)
             start_blocks(block_counts + side_plane * blocks, block_starts + side_plane * blocks, blocks, BLOCK)
         row = first_row(plane, planes, bound, bound_pred, side == 1)
-        _clear(sums + row * W, entries * W, 0, group, groups, BLOCK)
+        clear(sums + row * W, entries * W, 0, group, groups, BLOCK)
         if SOFT and side == 0:
-            _clear(peaks + row, entries, NO_PEAK, group, groups, BLOCK)
+            clear(peaks + row, entries, NO_PEAK, group, groups, BLOCK)
         if PAIRS:
-            _clear(linked + row * K, entries * K, 0, group, groups, BLOCK)
+            clear(linked + row * K, entries * K, 0, group, groups, BLOCK)
             if side == 1 and BACK > 0:
-                _clear(back + plane * bound_pred * BACK, entries * BACK, 0, group, groups, BLOCK)
+                clear(back + plane * bound_pred * BACK, entries * BACK, 0, group, groups, BLOCK)
         if BOXES:
-            _clear(nearest + row, entries, FAR, group, groups, BLOCK)
+            clear(nearest + row, entries, FAR, group, groups, BLOCK)
             if found > 0:
-                _clear(boxes + row * (2 * AXES), entries * (2 * AXES), NOWHERE, group, groups, BLOCK)
+                clear(boxes + row * (2 * AXES), entries * (2 * AXES), NOWHERE, group, groups, BLOCK)
             elif group == 0:
                 # The artificial instance is the box [c - 1, c + 2) about c = size // 2, not clipped (section 2.1.4).
                 corner = tl.arange(0, 8)
@@ -237,7 +237,7 @@ def prepare(
                 tl.store(boxes + row * (2 * AXES) + corner, box, mask=corner < 2 * AXES)
     if PAIRS and (n > 0) & (m > 0):
         used = slots_used(tl.minimum(n, bound), tl.minimum(m, bound_pred), capacity)
-        _clear(slots + plane * capacity, used, EMPTY, group, groups, BLOCK)
+        clear(slots + plane * capacity, used, EMPTY, group, groups, BLOCK)
 
 
 @triton.jit
@@ -245,6 +245,26 @@ def _fixed(total, scale, limit):
     """A sum in fixed point; beyond the limit (or not a number) 0, and True."""
     over = ~((total <= limit) & (total >= -limit))
     return (tl.where(over, 0.0, total).to(tl.float64) * scale + 0.5).to(tl.int64), over
+
+
+@triton.jit
+def columns_of(me, wrong, cost, p, scale_v, SQUARED: tl.constexpr, GAMMA: tl.constexpr, K: tl.constexpr):
+    """What the pixels `me` of a tile add to a row: K features in fixed point and their number; and whether one of
+    these does not fit.
+    """
+    place = tl.arange(0, 8)
+    total, over = _fixed(tl.sum(tl.where(me, p, 0.0)), FIXED_P, LIMIT_P)
+    columns = tl.where(place == 0, total, tl.where(place == K, tl.sum(me.to(tl.int32)), 0).to(tl.int64))
+    if SQUARED:
+        total, above = _fixed(tl.sum(tl.where(me, p * p, 0.0)), FIXED_P, LIMIT_P)
+        columns = tl.where(place == 1, total, columns)
+        over = over | above
+    if GAMMA >= 0:
+        v = pointwise(wrong, cost, GAMMA)
+        total, above = _fixed(tl.sum(tl.where(me, v, 0.0)), scale_v, LIMIT_V)
+        columns = tl.where(place == K - 1, total, columns)
+        over = over | above
+    return columns, over
 
 
 @triton.jit(
@@ -301,17 +321,7 @@ def accumulate(
             kq = (here & 0x7FFFFFFF).to(tl.int32)
             me = key == here
             place = tl.arange(0, 8)
-            total, over = _fixed(tl.sum(tl.where(me, p, 0.0)), FIXED_P, LIMIT_P)
-            columns = tl.where(place == 0, total, tl.where(place == K, tl.sum(me.to(tl.int32)), 0).to(tl.int64))
-            if SQUARED:
-                total, above = _fixed(tl.sum(tl.where(me, p * p, 0.0)), FIXED_P, LIMIT_P)
-                columns = tl.where(place == 1, total, columns)
-                over = over | above
-            if GAMMA >= 0:
-                v = pointwise(wrong, cost, GAMMA)
-                total, above = _fixed(tl.sum(tl.where(me, v, 0.0)), scale_v, LIMIT_V)
-                columns = tl.where(place == K - 1, total, columns)
-                over = over | above
+            columns, over = columns_of(me, wrong, cost, p, scale_v, SQUARED, GAMMA, K)
             box = tl.full([8], NOWHERE, tl.int32)
             for axis in tl.static_range(AXES):
                 at = x if axis == AXES - 1 else y if AXES == 2 else y % height if axis == 1 else y // height
@@ -324,13 +334,13 @@ def accumulate(
                 tl.store(flags + plane, 1)
             if (kt > 0) & (kt <= bound):
                 row = first_row(plane, planes, bound, bound_pred, False) + kt - 1
-                _add_to_row(sums, boxes, row, kq > 0, columns, box, K, AXES, BOXES, CENTERS)
+                add_to_row(sums, boxes, row, kq > 0, columns, box, K, AXES, BOXES, CENTERS)
                 if SOFT and kq == 0:
                     highest = tl.max(tl.where(me, rank, NO_PEAK)) + place * 0
                     tl.atomic_max(peaks + row + place, highest, mask=place == 0, sem="relaxed")
             if (kq > 0) & (kq <= bound_pred):
                 row = first_row(plane, planes, bound, bound_pred, True) + kq - 1
-                _add_to_row(sums, boxes, row, kt > 0, columns, box, K, AXES, BOXES, CENTERS)
+                add_to_row(sums, boxes, row, kt > 0, columns, box, K, AXES, BOXES, CENTERS)
                 if PAIRS and (kt > 0) & (kt <= bound):
                     _insert_pair(
                         slots + plane * capacity, kt, kq, tl.minimum(n, bound), tl.minimum(m, bound_pred), capacity
@@ -340,7 +350,7 @@ def accumulate(
 
 
 @triton.jit
-def _add_to_row(
+def add_to_row(
     sums, boxes, row, shared, columns, box,
     K: tl.constexpr, AXES: tl.constexpr, BOXES: tl.constexpr, CENTERS: tl.constexpr,
 ):  # fmt: skip

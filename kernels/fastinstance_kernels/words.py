@@ -59,6 +59,14 @@ def heads_of(mask):
 
 
 @triton.jit
+def cuts_of(ids, offset, number, positive, lane):
+    """Words of the pixels whose id, `number`, is not that of the pixel before: the heads that given ids add."""
+    seen = positive & (lane > 0)
+    left = tl.load(ids + offset - 1, mask=seen, other=0)
+    return tl.sum((seen & (left != number)).to(tl.int32) << lane, axis=1, keep_dims=True)
+
+
+@triton.jit
 def highest_bit(word):
     """Index of the highest set bit of an int32, bit 31 included; below 0 if there is none.
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import fastinstance
-from fastinstance.testing import PATTERNS, assert_close, pattern, scenes
+from fastinstance.testing import PATTERNS, pattern, scenes
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 
@@ -59,26 +59,3 @@ def test_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(regions, "EXACT_IN_FLOAT32", 0)
     check(fastinstance.label(pattern("specks", (9, 33))[None, None])[0])
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        fastinstance.CCLoss(sigmoid=True),
-        fastinstance.ComponentTverskyLoss(sigmoid=True),
-        fastinstance.ComponentMILLoss(sigmoid=True),
-        fastinstance.LesionRecallLoss(sigmoid=True),
-    ],
-    ids=lambda loss: type(loss).__name__,
-)
-def test_losses_on_labels_and_regions_of_the_kernels(loss: torch.nn.Module) -> None:
-    """The sums are torch's, the labels and regions the kernels': all as on the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    target = torch.rand(2, 1, 5, 36, generator=generator) > 0.8
-    logits = torch.randn(target.shape, generator=generator, dtype=torch.float64).requires_grad_()
-    found = []
-    for backend in ("torch", "triton"):
-        with fastinstance.use_backend(backend):
-            value = loss(logits, target)
-        found.append((value.detach(), torch.autograd.grad(value, logits)[0]))
-    assert_close(*found)
