@@ -68,7 +68,7 @@ def make(name: str, input: Tensor, **options: Any) -> tuple[nn.Module, dict[str,
     return MODULES[name](**options), call
 
 
-@settings(max_examples=EXAMPLES // 6, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES // 10, suppress_health_check=list(HealthCheck))
 @given(cc_cases())
 def test_drawn_scenes_of_cc_loss(case: Case) -> None:
     call = {name: value for name, value in case.scene.kwargs.items() if value is not None}
@@ -80,7 +80,7 @@ def test_drawn_scenes_of_cc_loss(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@settings(max_examples=max(EXAMPLES // 12, 2), suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES // 15, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_drawn_scenes(name: str, data: st.DataObject) -> None:
     module, options, _ = LOSSES[name]
@@ -93,7 +93,7 @@ def test_drawn_scenes(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_empty_and_full_planes(name: str, reduction: str) -> None:
     """Nothing, noise or everything to be found."""
     input, target = images(3, 1, 5, 36)
@@ -113,11 +113,11 @@ def test_classes_of_volumes(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_annotated_ids(name: str) -> None:
     """Touching instances of several pieces, in several tiles; where some of a region's pixels are not valid, or all."""
-    input, _ = images(2, 1, 9, 70)
-    ids = torch.zeros(2, 1, 9, 70, dtype=torch.int64)
-    ids[0, ..., :7, :40], ids[0, ..., :7, 40:], ids[0, ..., 8, 60:] = 2**31 - 1, 3, 2**31 - 1
-    valid = torch.ones(2, 1, 9, 70)
-    valid[0, ..., 50:], valid[1] = 0, 0
+    input, _ = images(2, 1, 9, 40)
+    ids = torch.zeros(2, 1, 9, 40, dtype=torch.int64)
+    ids[0, ..., :7, :20], ids[0, ..., :7, 20:], ids[0, ..., 8, 35:] = 2**31 - 1, 3, 2**31 - 1
+    valid = torch.ones(2, 1, 9, 40)
+    valid[0, ..., 30:], valid[1] = 0, 0
     options = {} if name in ("CC", "CC, given") else {"min_size": 5}
     for average in ("instance", "image") if name in AVERAGED else (None,):
         loss, call = make(name, input, sigmoid=True, **options, **({"average": average} if average else {}))
@@ -135,7 +135,7 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
     check(make(name, input)[0], p, target, valid_mask=images(2, 1, 4, 20, density=0.7)[1], **call)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (3, 31), (2, 32), (9, 33), (1, 1, 1), (2, 3, 33)])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 32), (9, 33), (2, 3, 1)])
 def test_sizes(shape: tuple[int, ...]) -> None:
     input, target = images(2, 1, *shape)
     for name in MODULES:
@@ -174,11 +174,10 @@ def test_too_many(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_lost(name: str, wrong: float) -> None:
+def test_what_is_not_finite_is_not_lost(name: str) -> None:
     input, target = images(3, 1, 4, 34)
     target[1] = False
-    input[1, 0, 2, 33] = input[2, 0, 0, 0] = wrong
+    input[1, 0, 2, 33], input[2, 0, 0, 0] = float("nan"), float("inf")
     loss, call = make(name, input, sigmoid=True, reduction="none")
     value, gradient = evaluate(loss, input, target, "triton", **call)
     assert value.isnan().flatten().tolist() == [False, True, True]
@@ -189,7 +188,7 @@ def test_what_is_not_finite_is_not_lost(name: str, wrong: float) -> None:
     check(loss, input, target, valid_mask=valid, **call)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", ["CC", "CC, given", "recall"])
 def test_one_graph(name: str) -> None:
     """torch.compile has no break, and finds what there is without it."""
     torch._dynamo.reset()
