@@ -58,7 +58,33 @@ def test_wilcoxon_is_the_share_of_signs_that_are_as_extreme():
     assert wilcoxon_signed_rank(differences, list("abcdef")) == pytest.approx(expected)
     assert wilcoxon_signed_rank([0.0, 0.0], ["a", "b"]) == 1
     assert math.isnan(wilcoxon_signed_rank([], []))
-    assert 0 < wilcoxon_signed_rank([0.0, 0.1, 0.1, -0.2, 0.3], list("abcde")) <= 1  # zeros and ties
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=9))
+def test_wilcoxon_is_exact_with_zeros_and_ties(values: list[int]):
+    ranks = np.array([sum(abs(b) < abs(a) for b in values) + (values_like(a, values) + 1) / 2 for a in values])
+    there = np.array(values) != 0
+    sums = [(ranks[there] * signs).sum() for signs in itertools.product([0, 1], repeat=int(there.sum()))]
+    seen = ranks[np.array(values) > 0].sum()
+    expected = min(1, 2 * min(np.mean(np.array(sums) <= seen), np.mean(np.array(sums) >= seen)))
+    persons = [str(number) for number in range(len(values))]
+    # 0.1 + 0.2 is not 0.3: ties of means are ties up to rounding.
+    assert wilcoxon_signed_rank([value * 0.1 for value in values], persons) == pytest.approx(expected)
+
+
+def values_like(value: int, values: list[int]) -> int:
+    return sum(abs(other) == abs(value) for other in values)
+
+
+def test_few_persons_with_ties_are_not_significant():
+    assert wilcoxon_signed_rank([1.0] * 4, list("abcd")) == 0.125  # 2 / 2^4; the normal approximation says 0.046
+
+
+def test_wilcoxon_is_that_of_scipy_for_many_persons():
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(0).normal(0.3, 1, 40)
+    persons = [str(number) for number in range(40)]
+    assert wilcoxon_signed_rank(values, persons) == pytest.approx(stats.wilcoxon(values, method="exact").pvalue)
 
 
 def test_two_visits_of_a_person_count_once():
