@@ -494,6 +494,7 @@ def test_a_name_without_the_person(tmp_path):
         ({}, "expected source = one of brain, nuclei, wmh, tnbc, nifti, got none"),
         ({"source": "brian"}, "got 'brian'; did you mean 'brain'"),
         ({"source": 3}, "expected source = one of .* got 3"),
+        ({"source": ["brain"]}, "expected source = one of .* got"),
         ({"source": "nifti"}, "source nifti needs the key folder and images and masks"),
         ({"source": "nuclei", "colour": 1}, "source nuclei takes no key 'colour'; it takes size, tile"),
     ],

@@ -115,7 +115,7 @@ def _source(settings: Mapping[str, Any]) -> Source:
     name = settings.pop("source", None)
     if name is None:
         raise StudyError(f"data: expected source = one of {', '.join(SOURCES)}, got none")
-    if name not in SOURCES:
+    if not isinstance(name, str) or name not in SOURCES:
         raise StudyError(f"data: expected source = one of {', '.join(SOURCES)}, got {name!r}{_nearest(name, SOURCES)}")
     kind = SOURCES[name]
     keys = {field.name: field for field in dataclasses.fields(kind)}
