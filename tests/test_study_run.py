@@ -25,6 +25,7 @@ from scipy import ndimage
 from fastinstance import __main__ as command_line
 from fastinstance import arguments
 from fastinstance.study import cells, commands
+from fastinstance.study.checkpoints import alone
 from fastinstance.study.plan import Cell, read_plan
 from fastinstance.study.results import read_results
 from fastinstance.study.subjects import StudyError
@@ -196,7 +197,7 @@ def test_votes_and_ensembles(finished):
     bits = []
     for fold in (0, 1):
         with np.load(out / "cells" / "little" / "GDF" / f"seed0-fold{fold}" / "predictions.npz") as file:
-            bits.append(np.unpackbits(file["other/person0"]).reshape(4, 32, 32))
+            bits.append(np.unpackbits(file["second/person0"]).reshape(4, 32, 32))
     both = ndimage.label(bits[0] & bits[1], np.ones((3, 3, 3)) * [[[0]], [[1]], [[0]]])[0]
     pixels = np.bincount(both.ravel())[1:]
     agreed = 3e-3 * pixels[pixels >= 2].sum()  # mL; two votes of two
@@ -307,6 +308,53 @@ def test_other_scans_are_noticed(finished, copied, plan, here, folder, tmp_path,
     assert "the subjects of little" in only_line(capsys.readouterr().err)
 
 
+def test_other_scans_to_test_on_are_noticed(finished, copied, plan, here, folder, monkeypatch):
+    """What was trained stays; the votes are those on the new scans."""
+    path = folder / "other" / "person1" / "mask.nii.gz"
+    original = path.read_bytes()
+    image = nibabel.Nifti1Image.from_filename(path)
+    mask = np.asarray(image.dataobj).copy()
+    mask[0, 0, 0] = 1
+    trained = {path: path.stat().st_mtime_ns for path in copied.rglob("best.pt")}
+    before = json.loads((copied / "votes" / "little" / "seed0.json").read_text())
+    try:
+        nibabel.Nifti1Image(mask, image.affine).to_filename(path)
+        assert study("run", plan, "--out", copied, "--quiet") == 0
+    finally:
+        path.write_bytes(original)
+    after = json.loads((copied / "votes" / "little" / "seed0.json").read_text())
+    assert after["volume_ml"][1] == pytest.approx(before["volume_ml"][1] + 3e-3)
+    assert {path: path.stat().st_mtime_ns for path in copied.rglob("best.pt")} == trained
+
+
+def test_a_damaged_result_is_made_anew(finished, copied, here):
+    expected = documents(copied)
+    path = copied / "cells" / "little" / "GDF" / "seed0-fold0" / "result.json"
+    path.write_bytes(path.read_bytes()[:100])
+    assert study("run", finished[0], "--out", copied, "--quiet") == 0
+    assert documents(copied) == expected
+
+
+def test_nobody_is_tested_on_who_was_trained_on(plan, here, folder, tmp_path, capsys):
+    scans = tmp_path / "scans"
+    shutil.copytree(folder / "main", scans)
+    for name in ("person2", "person3"):  # came again: another image of the same person
+        image = nibabel.Nifti1Image.from_filename(scans / name / "flair.nii.gz")
+        again = np.asarray(image.dataobj) + np.random.default_rng(1).normal(size=image.shape).astype(np.float32)
+        nibabel.Nifti1Image(again, image.affine).to_filename(scans / name / "later.nii.gz")
+    text = plan.read_text()
+    first, second = text.replace(f"{folder}/main", str(scans)).split("[data.other]")
+    second = second.replace(f"{folder}/other", str(scans)).replace("*/flair", "*/later")
+    for changed, words in (
+        (text.replace(f"{folder}/other", str(scans)), "expected other images than are trained on, but person0 has the"),
+        (f"{first}[data.other]{second}", "expected other persons than it is trained on, got person2 in both"),
+    ):
+        plan.write_text(changed)
+        assert study("run", plan, "--out", tmp_path / "out", "--quiet", "--skip-bad") == 1
+        assert f"[data.little] test_on other: {words}" in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "out" / "cells").exists()
+
+
 def test_tables_and_figures_need_one_file_only(finished, tmp_path, capsys):
     plan, out, *_ = finished
     results = tmp_path / "results.json"
@@ -404,7 +452,7 @@ def test_a_process_that_dies_is_one_failure(tmp_path):
 
 
 def test_one_run_at_a_time(plan, tmp_path, capsys):
-    with commands._alone(tmp_path):
+    with alone(tmp_path, "`fastinstance study run`"):
         assert study("run", plan, "--out", tmp_path) == 1
     assert "another `fastinstance study run` is at work" in only_line(capsys.readouterr().err)
 

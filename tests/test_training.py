@@ -189,7 +189,7 @@ class Crash(BaseException):
     """As sudden as SIGKILL, but for this process."""
 
 
-@pytest.mark.parametrize(("precision", "write"), [*(("float32", n) for n in range(2, 12)), ("fp16", 4), ("fp16", 7)])
+@pytest.mark.parametrize(("precision", "write"), [*(("float32", n) for n in range(2, 17)), ("fp16", 4), ("fp16", 7)])
 def test_a_crash_at_any_write_changes_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -197,7 +197,7 @@ def test_a_crash_at_any_write_changes_nothing(
     write: int,
     precision: str,
 ):
-    """Before the 2nd to the 11th file that is written: last.pt and curves.csv, and best.pt where an epoch is better."""
+    """Before a file is written: curves.csv and last.pt of each epoch, and best.pt where one is better."""
     settings = config(training={"precision": precision})
     count = 0
 
@@ -410,6 +410,26 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(training, "build_loss", lambda *_, **__: Root())
     with pytest.raises(DivergedError, match="the loss is 0; the gradient of Root is not finite"):
         go(tmp_path, config(loss={"warm_up": 0}))
+
+
+def test_fp16_without_any_finite_gradient_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first overflows only lower the scale; a gradient that is not finite at any scale is no overflow."""
+
+    class Root(torch.nn.Module):
+        def forward(self, input: torch.Tensor, target: torch.Tensor, **images: Any) -> torch.Tensor:
+            del target, images
+            return (input - input).abs().sqrt().sum()
+
+    monkeypatch.setattr(training, "build_loss", lambda *_, **__: Root())
+    settings = config(loss={"warm_up": 0}, training={"precision": "fp16", "epochs": 30, "validate_every": 30})
+    with pytest.raises(DivergedError, match=r"stopped at step 37 .*the gradient of Root is not finite"):
+        go(tmp_path, settings)
+    assert (tmp_path / "failed.pt").exists()
+
+
+def test_one_training_at_a_time(tmp_path: Path):
+    with checkpoints.alone(tmp_path, "training"), pytest.raises(StudyError, match="another training is at work"):
+        go(tmp_path)
 
 
 def test_learning_rates():

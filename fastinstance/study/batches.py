@@ -16,7 +16,7 @@ from fastinstance.study.augment import Augmentation, Batch
 from fastinstance.study.config import TrainingConfig
 from fastinstance.study.subjects import StudyError, Subject
 
-__all__ = ["Batches", "check_subjects", "fingerprint", "split"]
+__all__ = ["Batches", "check_subjects", "fingerprint", "refuse_shared_images", "split"]
 
 ORDER, SLICES, CHANGES = range(3)  # what the random numbers of a step are for
 
@@ -47,6 +47,22 @@ def check_subjects(train: Sequence[Subject], validation: Sequence[Subject]) -> N
             raise StudyError(f"{subject.name}: expected finite intensities, got NaN or infinity")
         if not torch.equal(subject.target, subject.labels > 0):
             raise StudyError(f"{subject.name}: expected labels above 0 on the target and nowhere else")
+
+
+def refuse_shared_images(ours: Iterable[Subject], others: Iterable[Subject]) -> None:
+    """Whether no image is in both, whatever its names there.
+
+    Raises:
+        StudyError: one is.
+    """
+    seen = {_digest(subject.image): subject.name for subject in ours}
+    for subject in others:
+        if (twin := seen.get(_digest(subject.image))) is not None:
+            raise StudyError(f"expected other images than are trained on, but {subject.name} has the image of {twin}")
+
+
+def _digest(image: Tensor) -> bytes:
+    return hashlib.blake2b(image.contiguous().numpy().data).digest()
 
 
 def split(subjects: Sequence[Subject], share: float, seed: int) -> tuple[list[Subject], list[Subject]]:

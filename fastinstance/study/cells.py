@@ -91,11 +91,12 @@ def changes(before: Any, now: Any, where: str = "") -> list[str]:
     return [] if before == now else [f"{where}: {json.dumps(before)} -> {json.dumps(now)}"]
 
 
-def state(plan: Plan, out: Path, cell: Cell, subjects: str | None = None) -> tuple[str, list[str]]:
+def state(plan: Plan, out: Path, cell: Cell, digests: Mapping[str, str] | None = None) -> tuple[str, list[str]]:
     """Where a cell stands, and, if it was made with another plan, what has changed.
 
     Args:
-        subjects: `batches.fingerprint` of the data set as it is now; None if it has not been looked at.
+        digests: `batches.fingerprint` of the data sets as they are now; those that are not there, or all, have not
+            been looked at.
 
     Returns:
         "new", "begun", "trained" (only the evaluation has to be done, again), "done" or "changed".
@@ -105,13 +106,15 @@ def state(plan: Plan, out: Path, cell: Cell, subjects: str | None = None) -> tup
     if known is None:
         return "new", []
     differences = changes(known["training"], _plain(plan.training_key(cell)))
-    if subjects is not None and known["subjects"] != subjects:
+    digests, test_on = digests or {}, plan.data[cell.data].test_on
+    if known["subjects"] != digests.get(cell.data, known["subjects"]):
         differences.append(f"the subjects of {cell.data}")
     if differences:
         return "changed", differences
-    if known["evaluation"] != _plain(plan.evaluation_key(cell)):
+    second = known.get("second")
+    if known["evaluation"] != _plain(plan.evaluation_key(cell)) or second != digests.get(test_on or "", second):
         return "trained", []
-    return ("done" if (folder / "result.json").exists() else "begun"), []
+    return ("begun" if read_json(folder / "result.json") is None else "done"), []
 
 
 def load_subjects(
@@ -157,11 +160,14 @@ def run_cell(plan: Plan, cell: Cell, out: Path, skip_bad: bool) -> None:
     subjects = subjects_of(data, out / "cache", skip_bad)
     folds = make_folds(cell.data, subjects, data.folds)
     parts = split(cell.data, subjects, folds, cell.fold, validation=plan.validation)
+    others = [] if data.test_on is None else subjects_of(plan.data[data.test_on], out / "cache", skip_bad)
+    second = fingerprint(others) if others else None
     write_json(
         folder / "cell.json",
         {
             "cell": [cell.data, cell.loss, cell.seed, cell.fold],
             "subjects": fingerprint(subjects),
+            "second": second,
             "training": _plain(plan.training_key(cell)),
             "evaluation": _plain(plan.evaluation_key(cell)),
         },
@@ -184,9 +190,8 @@ def run_cell(plan: Plan, cell: Cell, out: Path, skip_bad: bool) -> None:
     fixed = [binary(one, p, FIXED) for one, p in zip(parts.test, probabilities, strict=True)]
     at_tuned = [binary(one, p, tuned) for one, p in zip(parts.test, probabilities, strict=True)]
     masks = {f"test/{one.name}": mask for one, mask in zip(parts.test, fixed, strict=True)}
-    if data.test_on is not None:
-        for one in subjects_of(plan.data[data.test_on], out / "cache", skip_bad):
-            masks[f"{data.test_on}/{one.name}"] = binary(one, probability(one), FIXED)
+    for one in others:
+        masks[f"second/{one.name}"] = binary(one, probability(one), FIXED)
     _write_masks(folder / "predictions.npz", masks)
     document = {
         "cell": [cell.data, cell.loss, cell.seed, cell.fold],
@@ -194,6 +199,7 @@ def run_cell(plan: Plan, cell: Cell, out: Path, skip_bad: bool) -> None:
         "device": _device(network),
         "train": len(parts.train),
         "validation": len(parts.validation),
+        "second": second,
         "epoch": result.best_epoch,
         "seconds": {"training": round(trained - began, 2), "test": round(time.perf_counter() - trained, 2)},
         "threshold": tuned,
@@ -424,7 +430,7 @@ def run_vote(plan: Plan, data_name: str, losses: Sequence[str], seed: int, out: 
     votes: dict[str, list[Tensor]] = {}
     for loss in losses:
         folders = [cell_folder(out, Cell(data_name, loss, seed, fold)) for fold in plan.folds_of(data_name)]
-        every = [_read_masks(folder / "predictions.npz", data.test_on, subjects) for folder in folders]
+        every = [_read_masks(folder / "predictions.npz", "second", subjects) for folder in folders]
         votes[loss] = [majority_vote(list(masks)) for masks in zip(*every, strict=True)]
     for ensemble in plan.ensembles:
         if ensemble.small in votes and ensemble.large in votes:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,29 @@ import torch
 from fastinstance.files import replacing
 from fastinstance.study.subjects import StudyError
 
-__all__ = ["load_checkpoint", "save_checkpoint", "write_safely"]
+__all__ = ["alone", "load_checkpoint", "save_checkpoint", "write_safely"]
+
+
+@contextmanager
+def alone(out: Path, what: str) -> Iterator[None]:
+    """Holds a folder, made if need be; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        StudyError: another process holds it as `what`; or it cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / "lock").open("w")
+    except OSError as error:
+        raise StudyError(f"cannot write to {out}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StudyError(f"another {what} is at work in {out}") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def write_safely(path: Path, content: bytes) -> None:

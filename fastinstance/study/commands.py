@@ -7,13 +7,12 @@ failed or are missing; 130 after Ctrl-C. What is complete is kept in every case.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,11 @@ import torch
 
 from fastinstance.commands import SKIPPED
 from fastinstance.files import need, replacing
-from fastinstance.study.batches import fingerprint
+from fastinstance.study.batches import fingerprint, refuse_shared_images
 from fastinstance.study.cells import cell_folder, derived_of, load_subjects, run_cell, state, write_json
+from fastinstance.study.checkpoints import alone
 from fastinstance.study.config import RunConfig
-from fastinstance.study.plan import Cell, Plan, read_plan
+from fastinstance.study.plan import Cell, DataSet, Plan, read_plan
 from fastinstance.study.results import Results, collect, read_results, results_of
 from fastinstance.study.splits import make_folds, split
 from fastinstance.study.subjects import StudyError, Subject
@@ -37,22 +37,6 @@ __all__ = ["collect_results", "figures", "run", "table"]
 
 def _out(arguments: argparse.Namespace, plan: Plan) -> Path:
     return arguments.out or Path("runs") / plan.name
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Holds the folder; the system lets go of it when the process ends, however it ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / "lock").open("w")
-    except OSError as error:
-        raise StudyError(f"cannot write to {out}: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StudyError(f"another `fastinstance study run` is at work in {out}") from None
-        yield
 
 
 def _bar(total: int, what: str, unit: str, *, quiet: bool) -> Any:
@@ -68,11 +52,11 @@ def _devices() -> list[str]:
     return names or [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _refuse_changed(plan: Plan, out: Path, cells: Sequence[Cell], digests: dict[str, str], *, retrain: bool) -> None:
+def _refuse_changed(plan: Plan, out: Path, cells: Sequence[Cell], digests: Mapping[str, str], *, retrain: bool) -> None:
     """Cells that were made with another plan: an error, or, if they are to be trained again, removed."""
     changed: dict[Cell, list[str]] = {}
     for cell in cells:
-        stage, differences = state(plan, out, cell, digests.get(cell.data))
+        stage, differences = state(plan, out, cell, digests)
         if stage == "changed":
             changed[cell] = differences
     if not changed:
@@ -121,13 +105,36 @@ def _load_all(plan: Plan, out: Path, names: Sequence[str], arguments: argparse.N
                 split(name, loaded[name], folds, fold, validation=plan.validation)
     for data in plan.data.values():
         if data.test_on in loaded and data.name in loaded:
-            ours, others = (len(loaded[key][0].image) for key in (data.name, str(data.test_on)))
-            if ours != others:
-                raise StudyError(
-                    f"[data.{data.name}]: expected test_on with images of {ours} channels, as it has, but "
-                    f"{data.test_on} has {others}"
-                )
+            _check_second(data, plan.data[str(data.test_on)], loaded[data.name], loaded[str(data.test_on)])
     return loaded
+
+
+def _check_second(data: DataSet, other: DataSet, subjects: Sequence[Subject], others: Sequence[Subject]) -> None:
+    """Whether networks of a data set can be tested on another, of which they have seen nobody."""
+    ours, theirs = (len(group[0].image) for group in (subjects, others))
+    if ours != theirs:
+        raise StudyError(
+            f"[data.{data.name}]: expected test_on with images of {ours} channels, as it has, but "
+            f"{other.name} has {theirs}"
+        )
+    try:
+        refuse_shared_images(subjects, others)
+    except StudyError as error:
+        raise StudyError(f"[data.{data.name}] test_on {other.name}: {error}") from error
+    # Names from two places may be equal by chance; from one they are one person.
+    if _place(data) == _place(other):
+        shared = {subject.person for subject in subjects} & {subject.person for subject in others}
+        if shared:
+            raise StudyError(
+                f"[data.{data.name}] test_on {other.name}: expected other persons than it is trained on, got "
+                f"{min(shared)} in both" + ("; give it another seed" if data.settings["source"] == "brain" else "")
+            )
+
+
+def _place(data: DataSet) -> tuple[Any, ...]:
+    """Where the subjects come from."""
+    folder = data.settings.get("folder")
+    return data.settings["source"], None if folder is None else Path(folder).expanduser().resolve()
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -135,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
     plan = read_plan(arguments.plan, to_run=True)
     out = _out(arguments, plan)
     cells = list(plan.cells())
-    with _alone(out):
+    with alone(out, "`fastinstance study run`"):
         _refuse_changed(plan, out, cells, {}, retrain=arguments.retrain_changed)
         stages = {cell: state(plan, out, cell)[0] for cell in cells}
         if arguments.dry_run:
@@ -154,7 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
             part.write_bytes(arguments.plan.read_bytes())
         devices = _devices()
         jobs = arguments.jobs or max(1, len(devices))
-        todo = [cell for cell in cells if state(plan, out, cell, digests[cell.data])[0] != "done"]
+        todo = [cell for cell in cells if state(plan, out, cell, digests)[0] != "done"]
         before = len(cells) - len(todo)
         try:
             failed = _run_cells(plan, out, todo, jobs, devices, arguments)

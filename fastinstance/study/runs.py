@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from fastinstance.study import data
-from fastinstance.study.batches import split
+from fastinstance.study.batches import refuse_shared_images, split
 from fastinstance.study.config import RunConfig, read_config
 from fastinstance.study.subjects import StudyError, Subject
 from fastinstance.study.training import Ranks, check_run, resolve_device, train
@@ -44,7 +44,7 @@ def load_subjects(
     """Training and validation subjects of a run.
 
     Raises:
-        StudyError: as `data.load`; or there is one person only.
+        StudyError: as `data.load`; there is one person only; or an image is on both sides.
     """
 
     def load(settings: Mapping[str, Any], what: str) -> list[Subject]:
@@ -59,7 +59,9 @@ def load_subjects(
     subjects = load(config.data, "subjects")
     if not isinstance(config.validation, Mapping):
         return split(subjects, config.validation, config.training.seed)
-    return subjects, load(config.validation, "validation")
+    others = load(config.validation, "validation")
+    refuse_shared_images(subjects, others)
+    return subjects, others
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from fastinstance.study.augment import Augmentation, Batch
 from fastinstance.study.batches import Batches, check_subjects, fingerprint
-from fastinstance.study.checkpoints import load_checkpoint, save_checkpoint, write_safely
+from fastinstance.study.checkpoints import alone, load_checkpoint, save_checkpoint, write_safely
 from fastinstance.study.config import (
     SCORES,
     RunConfig,
@@ -48,6 +48,8 @@ __all__ = ["DivergedError", "Ranks", "Step", "TrainingResult", "check_run", "loa
 
 RUN_FILE = "run.toml"
 COLUMNS = ("epoch", "step", "learning_rate", "loss", *SCORES)
+LEAST_SCALE = 2.0**-20
+"""Of the loss with fp16: after so many halvings in a row no gradient was finite, at any scale."""
 DROPOUT = 3  # what random numbers of a step are for, beside those of `batches`
 
 
@@ -362,12 +364,15 @@ def train(
         progress: show a bar on stderr.
 
     Raises:
-        StudyError: the subjects, the settings or the folder cannot be used, or a file cannot be written.
+        StudyError: the subjects, the settings or the folder cannot be used, another process trains there, or a file
+            cannot be written.
         DivergedError: the loss or its gradient is not finite; the batch is in `failed.pt`.
     """
     device, ranks = check_run(config, out), Ranks()
     check_subjects(train, validation)
     with ExitStack() as stack:
+        if ranks.rank == 0:
+            stack.enter_context(alone(out, "training"))
         stack.enter_context(_surroundings(config.training, device))
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
@@ -520,8 +525,9 @@ class _Run:
             self._seed_dropout()
             found = take(loss, batch)
             stop = torch.full_like(found[:1], self.termination.asked)
-            value, norm, stopping = self.ranks.mean(torch.cat([found, stop]))
-            if not math.isfinite(value + norm):
+            scale = torch.ones_like(stop) if self.scaler is None else self.scaler.scale(torch.ones_like(stop))
+            value, norm, stopping, scale = self.ranks.mean(torch.cat([found, stop, scale]))
+            if not math.isfinite(value + norm) or scale < LEAST_SCALE:
                 self._fail(take, loss, batch, value)
             rate = learning_rate(self.settings, self.step, self.steps)
             for group in self.optimizer.param_groups:
@@ -568,10 +574,11 @@ class _Run:
                 self.best = {"epoch": self.epoch, "scores": found}
                 self._save_best()
         self.rows.append(row)
+        if self.folder.writes:
+            self.folder.write_curves(self.rows)  # before last.pt: who goes on from there writes them again
         self._save()
         if not self.folder.writes:
             return
-        self.folder.write_curves(self.rows)
         shown = ", ".join(f"{name} {row[name]:.4f}" for name in ("loss", *SCORES) if name in row)
         self.folder.log(f"epoch {self.epoch}: {shown}; {speed:.1f} images/s")
         if writer is not None:
