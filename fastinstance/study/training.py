@@ -310,7 +310,10 @@ class _Folder:
                 half.unlink(missing_ok=True)
         if self.writes and not self.run.exists():
             write_safely(self.run, self.config.to_toml().encode())
-        return load_checkpoint(self.last) if self.last.exists() else None
+        try:
+            return load_checkpoint(self.last) if self.last.exists() else None
+        except StudyError as error:
+            raise StudyError(f"{error}; remove it to begin anew") from error
 
     def log(self, text: str) -> None:
         if not self.writes:
@@ -569,8 +572,10 @@ class _Run:
         if self.epoch % self.settings.validate_every == 0 or self.epoch == self.settings.epochs:
             found = self._validate()
             row |= found
+            # An epoch of the warm-up says nothing about the loss.
+            own = self.step > self.warm_up or self.warm_up == self.steps
             now, best = found[self.settings.metric], self.best["scores"].get(self.settings.metric, math.nan)
-            if not self.best["epoch"] or now > best or (math.isnan(best) and not math.isnan(now)):
+            if own and (not self.best["epoch"] or now > best or (math.isnan(best) and not math.isnan(now))):
                 self.best = {"epoch": self.epoch, "scores": found}
                 self._save_best()
         self.rows.append(row)
