@@ -173,8 +173,13 @@ def test_sums_of_losses_and_their_terms():
     assert_close(torch.stack(list(terms.values())).sum(), torch.as_tensor(expected), rtol=1e-6)
 
 
+PIXEL_LOSSES = {
+    "DiceLoss", "DiceCELoss", "GeneralizedDiceLoss", "FocalLoss", "GeneralizedDiceFocalLoss", "TverskyLoss",
+    "InverseWeightedDiceLoss",
+}  # fmt: skip
+
+
 def test_instance_averages_are_those_of_all_processes():
     for name in LOSSES:
         loss: Any = build_loss(LossConfig(name=name), process_group="world")
-        over_instances = isinstance(loss, fastinstance.InstanceLoss | fastinstance.BlobLoss)
-        assert (loss.settings.process_group == "world") is over_instances
+        assert (loss.settings.process_group is None) is (name in PIXEL_LOSSES), name

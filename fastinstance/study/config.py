@@ -461,9 +461,10 @@ def _build(name: str, options: Mapping[str, Any], process_group: str | None, whe
         raise StudyError(f"{where}: {reserved} is set by the training; leave it out")
     hints = typing.get_type_hints(kind.__init__)
     (further,) = typing.get_args(hints.pop("options"))  # **options: Unpack[a TypedDict]
-    known = [one for one in (*hints, *further.__annotations__) if one not in (*OF_THE_TRAINING, "return")]
+    arguments = [*hints, *further.__annotations__]
+    known = [one for one in arguments if one not in (*OF_THE_TRAINING, "return")]
     refuse_unknown(options, known, f"in {where} of {name}", what="option")
-    average = {"process_group": process_group} if issubclass(kind, InstanceLoss | BlobLoss) else {}
+    average = {"process_group": process_group} if "process_group" in arguments else {}
     try:
         return kind(sigmoid=True, **average, **options)
     except (TypeError, ValueError) as error:
