@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from fastinstance.__main__ import main
-from fastinstance.study import checkpoints, training
+from fastinstance.study import checkpoints, data, training
 from fastinstance.study.checkpoints import load_checkpoint, save_checkpoint, write_safely
 from fastinstance.study.config import SCORES, RunConfig
 from fastinstance.study.evaluation import mean_scores, scores
@@ -286,6 +286,20 @@ def test_the_command_saves_on_sigterm_and_goes_on(tmp_path: Path, capsys: pytest
     error = capsys.readouterr().err
     assert "holds another run ([training] epochs is 12 there, not 13)" in error
     assert error.count("\n") == 1
+
+
+def test_sigterm_while_subjects_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(data, "load", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    file = tmp_path / "run.toml"
+    file.write_text(RUN_FILE)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", str(file), "--out", str(tmp_path / "out"), "--quiet"])
+    assert not stop.value.code
+    assert "the same command goes on" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,21 @@ def torchrun(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _nothing_to_save() -> Iterator[None]:
+    """SIGTERM ends the process with exit code 0, so that it is queued again like one that had begun to train."""
+
+    def leave(*_: object) -> None:
+        print("stopped by SIGTERM while the subjects were read; the same command goes on")
+        sys.exit(0)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def load_subjects(
@@ -81,7 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
     with torchrun(resolve_device(config.training.device)):
         check_run(config, out)
         first = Ranks().rank == 0
-        subjects = load_subjects(config, **loading, progress=progress and first)
+        with _nothing_to_save():
+            subjects = load_subjects(config, **loading, progress=progress and first)
         result = train(config, *subjects, out, progress=progress)
     if first:
         if not result.finished:
