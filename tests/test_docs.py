@@ -59,3 +59,21 @@ def test_the_run_and_the_plan_of_the_study_page(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.toml").write_text(plan)
     assert len(list(read_plan(tmp_path / "plan.toml").cells())) == 1 * 2 * 3 * 2
+
+
+def test_the_findings_are_those_of_the_results(tmp_path: Path) -> None:
+    pytest.importorskip("monai")
+    from fastinstance.__main__ import main
+
+    folder = ROOT / "docs" / "study"
+    tables = ["study", "table", folder / "plan.toml", "--results", folder / "results.json", "--to", tmp_path]
+    assert main([str(one) for one in tables]) == 0
+    printed = (tmp_path / "tables.md").read_text()
+    differences = printed[printed.index("**Table 5A") : printed.index("**Table 5B")]
+    found = (ROOT / "docs" / "study.md").read_text().split("## What was found")[1]
+    rows = re.findall(r"^\| (?!loss|---)(.*) \|$", found, re.MULTILINE)
+    assert len(rows) == 9
+    for row in rows:
+        (computed,) = re.findall(rf"^\| ({re.escape(row.split(' | ')[0])} \|.*) \|$", differences, re.MULTILINE)
+        shown = [re.sub(r", p .*", "", cell) for cell in computed.split(" | ")[:6]]
+        assert row.split(" | ") == shown
