@@ -100,11 +100,14 @@ def _of_copy(row: Row, bandwidth: float) -> str:
 def _transposed(rows: list[Row]) -> str:
     """A row per loss, a column per case."""
     done = [row for row in rows if row["milliseconds"]]
-    head = ["loss", *(f"{row['case']}: ms ({'share' if row['share'] else 'ratio'}), MB" for row in done)]
+    head = ["loss", *(f"{row['case']}: ms ({'share), images/s' if row['share'] else 'ratio)'}, MB" for row in done)]
 
     def cell(row: Row, name: str) -> str:
-        memory = row["peak_bytes"].get(name.removesuffix(", graph"))
-        return _cell(row, name) + (f", {memory / 1e6:,.0f}" if memory and name in row["milliseconds"] else "")
+        time, memory = row["milliseconds"].get(name), row["peak_bytes"].get(name.removesuffix(", graph"))
+        text = _cell(row, name)
+        if time and row["share"]:
+            text += f", {_number(1e3 * row['planes'] / time['median'])}"
+        return text + (f", {memory / 1e6:,.0f}" if memory and time else "")
 
     cells = [[name, *(cell(row, name) for row in done)] for name in _names(done)]
     return "\n".join([*_lines(head, cells), *_remarks(rows)])
