@@ -67,8 +67,10 @@ def test_pixels_in_float32(logits: bool, gamma: float) -> None:
 @pytest.mark.parametrize("logits", [True, False])
 def test_pixels_equal_the_torch_path(logits: bool, dtype: torch.dtype) -> None:
     x, positive = pixels(logits, dtype)
-    w, c = _wrong_and_cost(x, positive.nonzero().squeeze(1), logits, True)
-    assert c is not None
+    sides = [
+        _wrong_and_cost(part, is_true, logits, True) for part, is_true in ((x[~positive], False), (x[positive], True))
+    ]
+    w, c = (torch.cat([part for part in parts if part is not None]) for parts in zip(*sides, strict=True))
     function = pixel.Pointwise(2.0)
     slope = function.slope(w, c, logits)
     wanted = {"w": w, "c": c, "v": function(w, c), "dv/dx": torch.where(positive, -slope, slope)}
