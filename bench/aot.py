@@ -57,6 +57,11 @@ class Variant:
         types |= dict.fromkeys(self.constants, "constexpr")
         return {argument: types.get(argument, "i32") for argument in self.kernel.arg_names}
 
+    def numbers(self) -> list[Any]:
+        """The kernel's parameters that are numbers at run time."""
+        types = self.signature()
+        return [parameter for parameter in self.kernel.params if types[parameter.name] in ("i32", "fp32")]
+
 
 def label_variants() -> Iterator[Variant]:
     """The labelling kernels as `label_planes` launches them, for every connectivity and kind of input."""

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,7 +32,7 @@ from .files import (
     fingerprint,
     integers,
     match,
-    need,
+    progress,
     read,
     replacing,
     require_same_grid,
@@ -118,15 +117,6 @@ def _done(attempts: Mapping[str, _Attempt], jobs: int) -> Iterator[tuple[str, An
                 yield waiting[future], None, f"its process ended ({type(error).__name__}); try fewer --jobs"
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _progress(total: int, what: str, *, quiet: bool) -> Iterator[Any]:
-    """A bar on stderr; into a file a line now and then."""
-    often = 0.1 if sys.stderr.isatty() else 10.0
-    tqdm = need("tqdm", "the progress bar").tqdm
-    with tqdm(total=total, desc=what, unit="pair", mininterval=often, file=sys.stderr, disable=quiet) as bar:
-        yield bar
 
 
 def _mask(array: np.ndarray[Any, Any]) -> Tensor:
@@ -222,7 +212,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     saved = time.monotonic()
     changed = not todo
     try:
-        with _progress(len(todo), "evaluate", quiet=arguments.quiet) as bar:
+        with progress(len(todo), "evaluate", "pair", quiet=arguments.quiet) as bar:
             for name, result, error in _done(todo, arguments.jobs):
                 changed = True
                 if error is None:
@@ -461,7 +451,7 @@ def ensemble(arguments: argparse.Namespace) -> int:
                 part.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     try:
-        with _progress(len(todo), "ensemble", quiet=arguments.quiet) as bar:
+        with progress(len(todo), "ensemble", "pair", quiet=arguments.quiet) as bar:
             for name, _, error in _done(todo, arguments.jobs):
                 if error is None:
                     made[name] = prints[name]

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["fused_terms", "no_second_derivative", "report"]
+__all__ = ["fused_terms", "no_second_derivative", "report", "tables_of"]
 
 _RESULTS = 18
 """`found`, `total` and the fields of `fastinstance_kernels.engine.Saved`."""
 _COUNTS = 4
 """Which of these fields are the instances of each plane."""
+
+
+@contextmanager
+def tables_of(what: str) -> Iterator[None]:
+    """Says what to do where the memory does not suffice for the tables of what a plane can hold at most."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"{error} The tables of the {what} have room for the most that there can be: limit them with "
+            "max_instances=, pass fewer planes at a time, or choose fastinstance.use_backend('torch')."
+        ) from error
 
 
 def _terms(
@@ -27,15 +41,10 @@ def _terms(
 ) -> tuple[Tensor, ...]:
     from fastinstance_kernels import engine
 
-    try:
+    with tables_of("instances"):
         found, total, saved = engine.forward(
             values, target, predicted, valid, weights, engine.Request.decode(request), given=given
         )
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(
-            f"{error} The tables of the instances have room for the most that there can be: limit them with "
-            "max_instances=, pass fewer planes at a time, or choose fastinstance.use_backend('torch')."
-        ) from error
     return found, total, *saved
 
 

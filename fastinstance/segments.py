@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused import no_second_derivative, report
+from .fused import no_second_derivative, report, tables_of
 
 __all__ = ["Found", "number_ids", "segment_sums"]
 
@@ -48,13 +48,8 @@ def _sums(
     from fastinstance_kernels import segments as kernels
 
     decoded = kernels.Request.decode(request)
-    try:
+    with tables_of("components"):
         found, saved = kernels.forward(values, target, valid, segments, others, counts, decoded)
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(
-            f"{error} The tables of the components have room for the most that there can be: limit them with "
-            "max_instances=, pass fewer planes at a time, or choose fastinstance.use_backend('torch')."
-        ) from error
     return found, *saved
 
 

@@ -74,8 +74,7 @@ def test_memory(size: tuple[int, ...], own: str, per_pixel: int, monkeypatch: py
 def test_numbers_are_not_specialised(name: str) -> None:
     """Neither 1 nor a multiple of 16 gets a kernel of its own, except where a width that is one is worth it."""
     (variant, *_) = [variant for variant in VARIANTS.values() if variant.kernel is LAUNCHED[name]]
-    signature = variant.signature()
-    numbers = [p for p in LAUNCHED[name].params if signature[p.name] in ("i32", "fp32")]
+    numbers = variant.numbers()
     assert numbers
     wide = {"width"} if name in ("pack", "accumulate", "gradient") else set()
     assert {parameter.name for parameter in numbers if not parameter.do_not_specialize} == wide

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 from fastinstance.commands import SKIPPED
-from fastinstance.files import need, replacing
+from fastinstance.files import progress, replacing
 from fastinstance.study.batches import fingerprint, refuse_shared_images
 from fastinstance.study.cells import cell_folder, derived_of, load_subjects, run_cell, state, write_json
 from fastinstance.study.checkpoints import alone
 from fastinstance.study.config import RunConfig
+from fastinstance.study.data import reading
 from fastinstance.study.plan import Cell, DataSet, Plan, read_plan
 from fastinstance.study.results import Results, collect, read_results, results_of
 from fastinstance.study.splits import make_folds, split
@@ -37,12 +38,6 @@ __all__ = ["collect_results", "figures", "run", "table"]
 
 def _out(arguments: argparse.Namespace, plan: Plan) -> Path:
     return arguments.out or Path("runs") / plan.name
-
-
-def _bar(total: int, what: str, unit: str, *, quiet: bool) -> Any:
-    often = 0.1 if sys.stderr.isatty() else 10.0
-    tqdm = need("tqdm", "the progress bar").tqdm
-    return tqdm(total=total, desc=what, unit=unit, mininterval=often, file=sys.stderr, disable=quiet)
 
 
 def _devices() -> list[str]:
@@ -92,13 +87,8 @@ def _load_all(plan: Plan, out: Path, names: Sequence[str], arguments: argparse.N
     loaded: dict[str, list[Subject]] = {}
     for name in names:
         data = plan.data[name]
-        with _bar(0, f"loading {name}", "subject", quiet=arguments.quiet) as bar:
-
-            def progress(done: int, total: int, bar: Any = bar) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            loaded[name] = load_subjects(data, out / "cache", skip_bad=arguments.skip_bad, progress=progress)
+        with reading(f"loading {name}", quiet=arguments.quiet) as show:
+            loaded[name] = load_subjects(data, out / "cache", skip_bad=arguments.skip_bad, progress=show)
         if data.trained_on:
             folds = make_folds(name, loaded[name], data.folds)
             for fold in plan.folds_of(name):
@@ -191,7 +181,7 @@ def _run_cells(
     ]
     # Closed at once on Ctrl-C too: its processes have saved their state before this returns.
     with (
-        _bar(len(tasks), "cells", "cell", quiet=arguments.quiet) as bar,
+        progress(len(tasks), "cells", "cell", quiet=arguments.quiet) as bar,
         closing(work(tasks, jobs, devices)) as outcomes,
     ):
         for outcome in outcomes:
@@ -210,7 +200,7 @@ def _derive(plan: Plan, out: Path, done: set[Cell], arguments: argparse.Namespac
     failed: dict[str, str] = {}
     todo = [one for one in derived_of(plan, out, done) if one.read() is None]
     if todo:
-        with _bar(len(todo), "ensembles", "result", quiet=arguments.quiet) as bar:
+        with progress(len(todo), "ensembles", "result", quiet=arguments.quiet) as bar:
             for one in todo:
                 try:
                     one.make(plan, out, arguments.skip_bad)

@@ -16,7 +16,8 @@ import hashlib
 import json
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastinstance.files import FileError, replacing
+from fastinstance.files import FileError, progress, replacing
 from fastinstance.functional import label
 from fastinstance.study.sources import SOURCES, Item, Scan, Source
 from fastinstance.study.subjects import StudyError, Subject
 
-__all__ = ["check", "load"]
+__all__ = ["check", "load", "reading"]
 
 VERSION = 1
 """Raised when the same files and settings give other subjects than before."""
@@ -39,6 +40,18 @@ VERSION = 1
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+@contextmanager
+def reading(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, as what `load` takes as `progress`."""
+    with progress(0, what, "subject", quiet=quiet) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def check(settings: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,11 +27,10 @@ from monai.losses.dice import GeneralizedDiceFocalLoss as MonaiGDF
 from monai.networks.nets.unet import UNet
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import fastinstance
 from fastinstance import functional, overlay, reference
-from fastinstance.files import part_of, replacing
+from fastinstance.files import part_of, progress, replacing
 from fastinstance.matching import match_instances
 from fastinstance.metrics import plane_metrics, volume_sums
 from fastinstance.overlay import FALSE, FOUND, MISSED
@@ -206,13 +204,11 @@ def sensitivity_at_precision(sensitivity: Sequence[float], precision: Sequence[f
     return max(reached, default=None)
 
 
-def _progress(total: int, what: str, unit: str) -> tqdm:
-    """A progress bar on stderr; into a file it writes a line now and then instead of ten a second."""
-    often = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=f"{what:<28}", unit=unit, mininterval=often, file=sys.stderr)
+def _progress(total: int, what: str, unit: str) -> Any:
+    return progress(total, f"{what:<28}", unit)
 
 
-def make_slices(seed: int, subjects: Iterable[int], slices: int, bar: tqdm) -> Slices:
+def make_slices(seed: int, subjects: Iterable[int], slices: int, bar: Any) -> Slices:
     """Generates the subjects with these numbers; advances `bar` by one each."""
     images, lesions = [], []
     for number in subjects:
@@ -304,7 +300,7 @@ def made_logits(targets: Tensor, seed: int) -> Tensor:
 
 
 def time_losses(
-    losses: dict[str, Callable[[Tensor], Tensor]], logits: Tensor, rounds: dict[str, int], bar: tqdm
+    losses: dict[str, Callable[[Tensor], Tensor]], logits: Tensor, rounds: dict[str, int], bar: Any
 ) -> dict[str, float]:
     """Median seconds of forward and backward; the losses take turns, so that a busy moment does not hit one alone."""
     seconds: dict[str, list[float]] = {name: [] for name in losses}

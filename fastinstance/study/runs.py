@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from fastinstance.study import data
 from fastinstance.study.batches import refuse_shared_images, split
@@ -64,12 +63,7 @@ def load_subjects(
     """
 
     def load(settings: Mapping[str, Any], what: str) -> list[Subject]:
-        with tqdm(desc=what, unit="subject", disable=not progress, file=sys.stderr) as bar:
-
-            def show(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
+        with data.reading(what, quiet=not progress) as show:
             return data.load(settings, cache=cache, skip_bad=skip_bad, progress=show)
 
     subjects = load(config.data, "subjects")

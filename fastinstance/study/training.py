@@ -11,7 +11,6 @@ import io
 import math
 import os
 import signal
-import sys
 import threading
 import time
 import tomllib
@@ -26,8 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
+from fastinstance import files
 from fastinstance.study.augment import Augmentation, Batch
 from fastinstance.study.batches import Batches, check_subjects, fingerprint
 from fastinstance.study.checkpoints import alone, load_checkpoint, save_checkpoint, write_safely
@@ -499,17 +498,8 @@ class _Run:
             network = torch.compile(network)
         return network
 
-    def _bar(self, progress: bool) -> Any:
-        often = 0.1 if sys.stderr.isatty() else 10.0  # into a file, a line now and then
-        return tqdm(
-            total=self.steps,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            mininterval=often,
-            disable=not (progress and self.folder.writes),
-            file=sys.stderr,
-        )
+    def _bar(self, shown: bool) -> Any:
+        return files.progress(self.steps, "training", "step", quiet=not (shown and self.folder.writes), done=self.step)
 
     def _tensorboard(self, stack: ExitStack) -> Any:
         if not self.settings.tensorboard or not self.folder.writes:

@@ -101,6 +101,26 @@ def _side_of_tile(
         return segment, keep & False
 
 
+@triton.jit
+def _tile(
+    values, target, valid, rows, width, row_words, row_tiles,
+    TARGET: tl.constexpr, VALID: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One [ROWS, WORD] tile: plane, index in it and in all, what of it is image and valid, G, and the values."""
+    plane, _, y, column = image_tile(1, row_words, row_tiles, ROWS)
+    x = column * WORD + tl.arange(0, WORD)[None, :]
+    index = y * width + x
+    offset = plane * rows * width + index
+    image = (y < rows) & (x < width)
+    keep = image
+    if VALID:
+        keep = image & (tl.load(valid + offset, mask=image, other=0) != 0)
+    positive = keep
+    if TARGET:
+        positive = keep & is_foreground(tl.load(target + offset, mask=keep, other=0), 0.0, False)
+    return plane, index, offset, image, keep, positive, wide(tl.load(values + offset, mask=keep, other=0.0))
+
+
 _TILES = ("planes", "rows", "width", "row_words", "row_tiles", "bound", "bound_pred")
 
 
@@ -112,18 +132,9 @@ def add_up(
     TARGET: tl.constexpr, VALID: tl.constexpr, PEAKS: tl.constexpr, OUTSIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One [ROWS, WORD] tile: a turn for every id in it and half of the split. OUTSIDE: row 0 counts as well."""
-    plane, _, y, column = image_tile(1, row_words, row_tiles, ROWS)
-    lane = tl.arange(0, WORD)[None, :]
-    x = column * WORD + lane
-    index = y * width + x
-    offset = plane * rows * width + index
-    keep = (y < rows) & (x < width)
-    if VALID:
-        keep = keep & (tl.load(valid + offset, mask=keep, other=0) != 0)
-    positive = keep
-    if TARGET:
-        positive = keep & is_foreground(tl.load(target + offset, mask=keep, other=0), 0.0, False)
-    value = wide(tl.load(values + offset, mask=keep, other=0.0))
+    plane, index, offset, _, keep, positive, value = _tile(
+        values, target, valid, rows, width, row_words, row_tiles, TARGET, VALID, ROWS
+    )
     if any_of(keep & ~(value - value == 0)):
         tl.store(flags + plane, 1)
     wrong, cost, p = features(value, positive, LOGITS)
@@ -277,19 +288,9 @@ def segment_gradient(
     TARGET: tl.constexpr, VALID: tl.constexpr, PEAKS: tl.constexpr, OUTSIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One [ROWS, WORD] tile of the derivative by the values: a gather, without atomics."""
-    plane, _, y, column = image_tile(1, row_words, row_tiles, ROWS)
-    lane = tl.arange(0, WORD)[None, :]
-    x = column * WORD + lane
-    index = y * width + x
-    offset = plane * rows * width + index
-    image = (y < rows) & (x < width)
-    keep = image
-    if VALID:
-        keep = image & (tl.load(valid + offset, mask=image, other=0) != 0)
-    positive = keep
-    if TARGET:
-        positive = keep & is_foreground(tl.load(target + offset, mask=keep, other=0), 0.0, False)
-    value = wide(tl.load(values + offset, mask=keep, other=0.0))
+    plane, index, offset, image, keep, positive, value = _tile(
+        values, target, valid, rows, width, row_words, row_tiles, TARGET, VALID, ROWS
+    )
     _, _, p = features(value, positive, LOGITS)
     slope = tl.where(tl.load(flags + plane) != 0, float("nan"), value * 0.0)
     for side in tl.static_range(SIDES):
