@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from fastinstance.arguments import add_commands, add_study, add_train, whole
 
-DEMO_LOSSES = ("false", "ici", "proximity", "blob", "instance")
+DEMO_LOSSES = ("detection", "false", "ici", "proximity", "blob", "instance")
 DEMO_PACKAGES = ("monai", "nilearn", "nibabel", "scipy", "matplotlib", "tqdm")  # the extra `demo`
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
@@ -40,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
             "loss, compares what they find, lesion by lesion, and draws it. Two to three minutes on two cores."
         ),
     )
-    demo.add_argument("--loss", choices=DEMO_LOSSES, default="false", help="the instance loss (default: %(default)s)")
+    demo.add_argument(
+        "--loss", choices=DEMO_LOSSES, default=DEMO_LOSSES[0], help="the instance loss (default: %(default)s)"
+    )
     demo.add_argument("--quick", action="store_true", help="a few seconds, to see that it works; too short to learn")
     demo.add_argument(
         "--out",

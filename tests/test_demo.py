@@ -45,7 +45,7 @@ def test_quick_run_prints_every_part(quick):
         assert all(math.isfinite(float(number)) for number in line.split()[1:])
     for part in ("found / true", "missed", "false", "SEN", "PPV", "F1", "PQ", "Dice", "SEN at the pixel loss's PPV"):
         assert any(line.strip().startswith(part) for line in printed.splitlines()), part
-    for part in ("MONAI GeneralizedDiceFocalLoss", "fastinstance FalseLoss", "loop reference, all seven terms"):
+    for part in ("MONAI GeneralizedDiceFocalLoss", "fastinstance DetectionLoss", "loop reference, all seven terms"):
         assert part in printed
     assert "more small lesions found, at the price of more false ones" in printed
     assert f"Wrote {out / 'overlay.png'}" in printed
@@ -61,7 +61,7 @@ def test_quick_run_writes_a_picture_and_a_table_and_nothing_else(quick):
         rows = list(csv.DictReader(file))
     assert set(rows[0]) >= COLUMNS
     keys = [(row["loss"], row["stage"], row["subject"]) for row in rows]
-    networks = [(loss, stage) for loss in ("pixel loss", "FalseLoss") for stage in ("before", "after")]
+    networks = [(loss, stage) for loss in ("pixel loss", "DetectionLoss") for stage in ("before", "after")]
     assert keys == [(*network, subject) for network in networks for subject in ("0", "1", "all")]
     for row in rows:
         assert int(row["found"]) + int(row["missed"]) == int(row["true"]) > 0
@@ -107,7 +107,8 @@ def test_the_seed_decides_everything(same_subjects, tmp_path):
 
 
 def test_the_command_line_offers_the_losses_there_are():
-    assert set(command_line.DEMO_LOSSES) == set(demo.CHOICES)
+    assert tuple(demo.CHOICES) == command_line.DEMO_LOSSES
+    assert command_line.DEMO_LOSSES[0] == demo.DemoSettings().loss
 
 
 def mask(*rows):
@@ -248,7 +249,7 @@ def test_divergence_gives_one_line(same_subjects, tmp_path, capsys, monkeypatch)
         def forward(self, logits, target, *, target_labels):
             return logits.sum() * math.nan
 
-    monkeypatch.setitem(demo.CHOICES, "false", demo.CHOICES["false"]._replace(build=Diverging))
+    monkeypatch.setitem(demo.CHOICES, "detection", demo.CHOICES["detection"]._replace(build=Diverging))
     flags = ["demo", "--quick", "--subjects", "1", "1", "--steps", "1", "--threads", "1", "--out", str(tmp_path)]
     assert command_line.main(flags) == 1
     assert "training diverged: the loss is nan at step 0" in capsys.readouterr().err.strip().splitlines()[-1]
