@@ -120,7 +120,7 @@ def to_planes(
     omega = torch.full((batch * channels,), math.prod(size), dtype=torch.float64, device=input.device)
     if valid_mask is not None:
         valid = valid_mask.expand(-1, channels, *size)
-        values = values.where(valid, values.new_tensor(_IMPOSSIBLE if logits else 0.0))
+        values = values.where(valid, values.new_full((), _IMPOSSIBLE if logits else 0.0))
         truth, valid = (mask.logical_and(valid).reshape(shape) for mask in (truth, valid))
         labels = None if labels is None else labels * valid
         omega = valid.flatten(1).sum(1, dtype=torch.float64)

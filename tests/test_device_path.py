@@ -1,0 +1,73 @@
+"""What a call on a GPU does on the host, seen without one: images on the meta device take the kernels' path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import fastinstance
+from fastinstance import functional
+from fastinstance.functional import InstanceTerms
+
+READ = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "cpu"}
+SIZED = {"nonzero", "unique", "masked_select", "bincount"}
+"""Of a shape that depends on values."""
+COPIED = {"tensor", "as_tensor", "new_tensor", "from_numpy"}
+"""From the host, which a CUDA graph cannot capture either; `new_full` fills on the device."""
+
+
+class Waits(TorchFunctionMode):
+    """Collects the names of the functions called inside that wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in READ | SIZED | COPIED:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+LOSSES: dict[str, Callable[..., nn.Module]] = {
+    "all terms": lambda **options: fastinstance.InstanceLoss(**dict.fromkeys(InstanceTerms._fields, 1.0), **options),
+    "detection": fastinstance.DetectionLoss,
+    "blob": fastinstance.BlobLoss,
+    "inverse-weighted": fastinstance.InverseWeightedDiceLoss,
+    "CC": fastinstance.CCLoss,
+    "Tversky": fastinstance.ComponentTverskyLoss,
+    "MIL": fastinstance.ComponentMILLoss,
+    "recall": fastinstance.LesionRecallLoss,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sigmoid": {"sigmoid": True},
+    "softmax": {"softmax": True, "to_onehot_y": True},
+    "without background": {"sigmoid": True, "include_background": False},
+    "other_act": {"other_act": torch.sigmoid},
+    "small components": {"sigmoid": True, "min_size": 3},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_waits_for_the_device(name: str, options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if options == "small components" and name in ("CC", "inverse-weighted"):
+        options = "sigmoid"  # they have no `min_size`
+    loss = LOSSES[name](**OPTIONS[options])
+    monkeypatch.setattr(functional, "backend_for", lambda tensor: "triton")
+    onehot = OPTIONS[options].get("to_onehot_y", False)
+    input = torch.empty(2, 3, 12, 33, device="meta", requires_grad=True)
+    target = torch.empty(2, 1 if onehot else 3, 12, 33, device="meta")
+    labels = torch.empty(2, 3, 12, 33, dtype=torch.int64, device="meta")
+    valid = torch.empty(2, 1, 12, 33, dtype=torch.bool, device="meta")
+    with Waits() as waits:
+        for given in ({}, {"valid_mask": valid}, {"target_labels": labels}):
+            loss(input, target, **given).backward()
+    assert input.grad is not None
+    assert waits.found == []
