@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,6 +148,7 @@ gradient_op.register_autograd(no_second_derivative)
 
 _pending: list[tuple[torch.cuda.Event | None, Tensor, int]] = []
 """Instance counts on their way to the host, with the event that says that they have come, and their limit."""
+_pending_lock = threading.Lock()
 
 
 def report(counts: Tensor, limit: int) -> None:
@@ -157,10 +159,13 @@ def report(counts: Tensor, limit: int) -> None:
     if counts.is_cuda:
         most = torch.empty((), dtype=most.dtype, pin_memory=True).copy_(most, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
-    _pending.append((event, most, limit))
-    while _pending and (_pending[0][0] is None or _pending[0][0].query()):
-        _, most, limit = _pending.pop(0)
+        event.record(torch.cuda.current_stream(counts.device))  # not of the current device
+    arrived = []
+    with _pending_lock:
+        _pending.append((event, most, limit))
+        while _pending and (_pending[0][0] is None or _pending[0][0].query()):
+            arrived.append(_pending.pop(0))
+    for _, most, limit in arrived:
         if most > limit:
             warnings.warn(
                 f"a plane had {int(most)} instances, more than max_instances={limit}: the loss of that call is NaN; "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import fastinstance
-from fastinstance import functional
+from fastinstance import functional, fused
 from fastinstance.functional import InstanceTerms
 
 READ = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "cpu"}
@@ -71,3 +73,37 @@ def test_nothing_waits_for_the_device(name: str, options: str, monkeypatch: pyte
             loss(input, target, **given).backward()
     assert input.grad is not None
     assert waits.found == []
+
+
+def test_counts_are_awaited_on_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event of the current device would say nothing of a copy from another one."""
+    counts = mock.Mock(is_cuda=True, device=torch.device("cuda", 1))
+    monkeypatch.setattr(torch, "empty", mock.Mock())
+    monkeypatch.setattr(fused, "_pending", [])
+    event = mock.Mock(**{"query.return_value": False})
+    with mock.patch.multiple(
+        torch.cuda,
+        Event=lambda: event,
+        current_stream=lambda device=None: ("stream", device),
+        is_current_stream_capturing=lambda: False,
+    ):
+        fused.report(counts, 5)
+    event.record.assert_called_once_with(("stream", counts.device))
+    assert fused._pending
+
+
+def test_two_threads_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts that one thread has seen arrive are not taken from it by another."""
+    few = torch.ones(1, dtype=torch.int32)
+    other = threading.Thread(target=fused.report, args=(few, 5))
+
+    def query() -> bool:
+        if other.ident is None:
+            other.start()
+            other.join(0.2)
+        return True
+
+    monkeypatch.setattr(fused, "_pending", [(mock.Mock(query=query), few, 5)])
+    fused.report(few, 5)
+    other.join()
+    assert fused._pending == []
