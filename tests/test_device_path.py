@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import fastinstance
+from bench import aot, sanitize
 from fastinstance import functional, fused
 from fastinstance.functional import InstanceTerms
 
@@ -107,3 +108,12 @@ def test_two_threads_report(monkeypatch: pytest.MonkeyPatch) -> None:
     fused.report(few, 5)
     other.join()
     assert fused._pending == []
+
+
+def test_the_sanitizer_sees_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launches are only recorded, so the figures that are printed mean nothing."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # too late for Triton: lets the CPU tensors through
+    with fastinstance.use_backend("triton"), aot.recorded("") as seen:
+        sanitize.main()
+    variants = *aot.label_variants(), *aot.engine_variants(), *aot.region_variants(), *aot.segment_variants()
+    assert {variant.kernel for variant in seen} == {variant.kernel for variant in variants}
