@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -331,3 +332,18 @@ def test_gpu_sh_without_a_gpu(tmp_path: Path) -> None:
     summary = (tmp_path / "summary.md").read_text()
     assert "| label | 0 |" in summary
     assert "| snakes | 2 |" in summary
+
+
+def test_gpu_sh_gives_each_file_of_tests_a_process(tmp_path: Path) -> None:
+    """What breaks the device in one does not hide the others; status 5 is that of a file that is skipped."""
+    python, files = tmp_path / "python", sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    python.write_text('#!/bin/sh\necho "== $3: 1 passed"\ncase $3 in *label*) exit 134;; *training*) exit 5;; esac\n')
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "bench" / "gpu.sh"), str(tmp_path)]
+    env = {**os.environ, "DRY": "1", "PARTS": "tests", "PYTHON": str(python)}
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| tests | 134 |" in summary
+    assert sorted(re.findall(r"^== (tests/gpu/\S+): 1 passed$", summary, re.MULTILINE)) == [
+        f"tests/gpu/{file.name}" for file in files
+    ]
