@@ -1,17 +1,20 @@
 """Voronoi regions: the nearest labelled pixel of every pixel, exactly, one axis after the other.
 
-The nearest pixel of an image is the nearest among those that are nearest within their own lines along the last axis
-that was worked on: so a pass along each axis finds it, and nothing is approximated. (Jump flooding would take more
+The nearest pixel of an image is the nearest among those that are nearest within their own lines along the axis that
+was worked on before: so a pass along each axis finds it, and nothing is approximated. (Jump flooding would take more
 passes, and a repair.) What is kept of a pixel is its best candidate so far:
 
     distance  float32 or float64 [planes, pixels]  squared, infinite where there is none
-    nearest   int32 [planes, pixels]               index of the candidate in its plane, NOWHERE where there is none
+    label     like the labels [planes, pixels]     of the candidate, 0 where there is none
 
-Candidates are ordered by distance, then by index, which no order of work changes: the first in raster order wins.
-Squared distances are integers when all axes have the same spacing, exact in float32 up to 2^24 and in float64 beyond.
+The last axis is the first to be worked on. Then, of equally near candidates, the one with the lower place on the line
+is the first in raster order, which is the one that wins. Squared distances are integers when all axes have the same
+spacing, exact in float32 up to 2^24 and in float64 beyond.
 
-The first pass walks along lines; the others look at both sides of a pixel, farther and farther, until what is left is
-too far away for all pixels of the program.
+Along the other axes a line is worked on from one end to the other, once for its *envelope*: those candidates that are
+the best of some pixel. Of two candidates the earlier one is the better one up to a certain place, and the later one from
+there on. So each candidate that comes first takes away all those that it beats where their own stretch begins; a stack
+holds the others. Every candidate comes and goes once at most: the work is linear whatever the image holds.
 """
 
 # Compile-time parameters are annotated tl.constexpr and take Python values; launch options are no parameters.
@@ -26,97 +29,145 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .words import WORD, any_of, head_lane, lowest_bit
 
 NOWHERE = tl.constexpr(2**31 - 1)
 LINES = 32
-PIXELS = 64
-STEPS = tl.constexpr(4)
-"""Offsets between two looks at whether all pixels are done."""
+STEPS = 8
+"""Pixels of a line that are loaded together, as no load waits for another then."""
 EXACT_IN_FLOAT32 = 2**24
 
 
 @triton.jit
-def _squared(offset, distance, spacing, spacing_rest):
-    """Squared distance of pixels along an axis, in the type that `distance` points at."""
-    real = distance.dtype.element_ty
-    apart = offset.to(real) * (tl.zeros([], real) + spacing + spacing_rest)
-    return apart * apart
-
-
-@triton.jit(do_not_specialize=["length", "inner", "blocks", "spacing", "spacing_rest"])
-def walk(labels, distance, nearest, length, inner, blocks, spacing, spacing_rest, BLOCK: tl.constexpr):
-    """A block of lines along the first axis: the last labelled pixel before each, then the first one after it.
-
-    A float64 spacing comes in two parts.
-    """
-    program = tl.program_id(0)
-    plane = (program // blocks).to(tl.int64)
-    line = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = line < inner
-    here = plane * length * inner + line
-    before = tl.full([BLOCK], -1, tl.int32)
-    i = 0
-    while i < length:
-        labelled = tl.load(labels + here, mask=inside, other=0) != 0
-        before = tl.where(labelled, i, before)
-        tl.store(nearest + here, before, mask=inside)
-        here += inner
-        i += 1
-    after = tl.full([BLOCK], -1, tl.int32)
-    while i > 0:
-        i -= 1
-        here -= inner
-        before = tl.load(nearest + here, mask=inside, other=-1)
-        after = tl.where(before == i, i, after)
-        use_after = (after >= 0) & ((before < 0) | (after - i < i - before))
-        best = tl.where(use_after, after, before)
-        apart = _squared(best - i, distance, spacing, spacing_rest)
-        tl.store(distance + here, tl.where(best >= 0, apart, float("inf")), mask=inside)
-        tl.store(nearest + here, tl.where(best >= 0, best * inner + line, NOWHERE), mask=inside)
+def _size(distance, spacing, spacing_rest):
+    """The size of a pixel along an axis, which comes in two parts, in the type that `distance` points at."""
+    return tl.zeros([], distance.dtype.element_ty) + spacing + spacing_rest
 
 
 @triton.jit
-def _better(distance, nearest, best, index, at, there, added):
-    """The better of a pixel's candidate and that of the pixels `at`, `added` further away."""
-    other = tl.load(distance + at, mask=there, other=float("inf")) + added
-    candidate = tl.load(nearest + at, mask=there & (other <= best), other=NOWHERE)
-    nearer = (other < best) | ((other == best) & (candidate < index))
-    return tl.where(nearer, other, best), tl.where(nearer, candidate, index)
+def _squared(offset, size):
+    apart = offset.to(size.dtype) * size
+    return apart * apart
 
 
-@triton.jit(do_not_specialize=["pixels", "length", "inner", "blocks", "spacing", "spacing_rest"])
-def spread(
-    labels, distance, nearest, out_distance, out_nearest, regions, pixels, length, inner, blocks, spacing, spacing_rest,
-    LAST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A block of pixels: the best of the candidates on their lines along an axis. LAST: its label."""
+@triton.jit
+def _beats(distance, place, other_distance, other_place, at, size):
+    """Whether the candidate at `place` is nearer to the pixel `at` of the line than the other one, which comes first."""
+    return distance + _squared(place - at, size) < other_distance + _squared(other_place - at, size)
+
+
+@triton.jit(do_not_specialize=["rows", "width", "blocks", "spacing", "spacing_rest"])
+def along_rows(labels, before, distance, label, rows, width, blocks, spacing, spacing_rest, ROWS: tl.constexpr):
+    """A block of rows of a plane: from the left the last labelled pixel at or before each, then the next one."""
     program = tl.program_id(0)
-    plane = (program // blocks).to(tl.int64)
-    pixel = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < pixels
-    first = plane * pixels
-    distance += first  # indices inside of a plane have 32 bits
-    nearest += first
-    place = pixel // inner % length
-    best = tl.load(distance + pixel, mask=inside, other=0.0)
-    index = tl.load(nearest + pixel, mask=inside, other=NOWHERE)
-    offset = tl.full([], 1, tl.int32)
-    added = _squared(offset, distance, spacing, spacing_rest)
-    # Ends: no offset reaches beyond the line, and farther than the best nothing counts.
-    while tl.max((inside & (added <= best) & (offset < length)).to(tl.int32)) > 0:
-        for _ in tl.static_range(STEPS):
-            lower = inside & (place >= offset)
-            best, index = _better(distance, nearest, best, index, pixel - offset * inner, lower, added)
-            upper = inside & (place + offset < length)
-            best, index = _better(distance, nearest, best, index, pixel + offset * inner, upper, added)
-            offset += 1
-            added = _squared(offset, distance, spacing, spacing_rest)
-    if LAST:
-        label = tl.load(labels + first + index, mask=inside & (index != NOWHERE), other=0)
-        tl.store(regions + first + pixel, label, mask=inside)
-    else:
-        tl.store(out_distance + first + pixel, best, mask=inside)
-        tl.store(out_nearest + first + pixel, index, mask=inside)
+    row = (program % blocks) * ROWS + tl.arange(0, ROWS)[:, None]
+    first = (program // blocks).to(tl.int64) * rows * width + row * width
+    lane = tl.arange(0, WORD)[None, :]
+    size = _size(distance, spacing, spacing_rest)
+    last = tl.full([ROWS, 1], -1, tl.int32)
+    left = tl.full([], 0, tl.int32)
+    while left < width:
+        x = left + lane
+        inside = (row < rows) & (x < width)
+        labelled = tl.load(labels + first + x, mask=inside, other=0) != 0
+        word = tl.sum(labelled.to(tl.int32) << lane, axis=1, keep_dims=True)
+        found = head_lane(word, lane)
+        found = tl.where(found >= 0, left + found, last)
+        tl.store(before + first + x, found, mask=inside)
+        last = tl.max(found, axis=1, keep_dims=True)
+        left += WORD
+    following = tl.full([ROWS, 1], NOWHERE, tl.int32)
+    while left > 0:
+        left -= WORD
+        x = left + lane
+        inside = (row < rows) & (x < width)
+        found = tl.load(before + first + x, mask=inside, other=-1)
+        word = tl.sum((found == x).to(tl.int32) << lane, axis=1, keep_dims=True) & -(1 << lane)
+        after = tl.where(word != 0, left + lowest_bit(word), following)
+        following = tl.min(after, axis=1, keep_dims=True)
+        nearest = tl.where((found < 0) | (after - x < x - found), after, found)
+        somewhere = inside & (nearest != NOWHERE)
+        apart = _squared(nearest - x, size)
+        tl.store(distance + first + x, tl.where(somewhere, apart, float("inf")), mask=inside)
+        tl.store(label + first + x, tl.load(labels + first + nearest, mask=somewhere, other=0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["lines", "length", "inner", "blocks", "spacing", "spacing_rest"])
+def along_axis(
+    distance, label, below, start, out_distance, out_label, lines, length, inner, blocks, spacing, spacing_rest,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """A block of lines of a plane along another axis than the last: the envelope, then the best candidate of each pixel.
+
+    The entry of the stack for the candidate at a place lies at that place: `below`, the place of the candidate under
+    it, and `start`, the first place where it is the better one. `out_distance` may be None.
+    """
+    program = tl.program_id(0)
+    line = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = line < lines
+    first = (program // blocks).to(tl.int64) * lines * length + line // inner * length * inner + line % inner
+    step = tl.arange(0, STEPS)[:, None]
+    size = _size(distance, spacing, spacing_rest)
+    real = size.dtype
+    scale = 0.5 / (size * size)
+
+    top = tl.full([BLOCK], -1, tl.int32)  # of the stack, where it is empty: nothing beats a distance below all others
+    top_below = top
+    top_start = tl.zeros([BLOCK], tl.int32)
+    top_distance = tl.full([BLOCK], float("-inf"), real)
+    begin = tl.full([], 0, tl.int32)
+    while begin < length:
+        place = begin + step
+        there = inside[None, :] & (place < length)
+        ahead = tl.load(distance + first[None, :] + place * inner, mask=there, other=float("inf"))
+        for k in tl.static_range(STEPS):
+            here = begin + k
+            new = tl.sum(tl.where(step == k, ahead, 0.0), axis=0)
+            beaten = _beats(new, here, top_distance, top, top_start, size)
+            while any_of(beaten):
+                top = tl.where(beaten, top_below, top)
+                at = first + top * inner
+                held = beaten & (top >= 0)
+                top_below = tl.where(beaten, tl.load(below + at, mask=held, other=-1), top_below)
+                top_start = tl.where(beaten, tl.load(start + at, mask=held, other=0), top_start)
+                top_distance = tl.where(beaten, tl.load(distance + at, mask=held, other=float("-inf")), top_distance)
+                beaten &= _beats(new, here, top_distance, top, top_start, size)
+            # Where both are equally far, rounded to a place: the new one is the better one there, or from the next on.
+            middle = (here + top).to(real) * 0.5 + (new - top_distance) * scale / (here - top).to(real)
+            middle = tl.minimum(tl.maximum(tl.floor(middle + 0.5), top_start.to(real)), (length - 1).to(real))
+            meet = middle.to(tl.int32)
+            better = _beats(new, here, top_distance, top, meet, size)
+            begins = tl.where(top < 0, 0, tl.where(better, meet, meet + 1))
+            pushed = (new < float("inf")) & (begins < length)
+            tl.store(below + first + here * inner, top, mask=pushed)
+            tl.store(start + first + here * inner, begins, mask=pushed)
+            top_below = tl.where(pushed, top, top_below)
+            top_start = tl.where(pushed, begins, top_start)
+            top_distance = tl.where(pushed, new, top_distance)
+            top = tl.where(pushed, here, top)
+        begin += STEPS
+
+    while begin > 0:
+        begin -= STEPS
+        best = tl.full([STEPS, BLOCK], -1, tl.int32)
+        for k in tl.static_range(STEPS):
+            here = begin + STEPS - 1 - k
+            best = tl.where(begin + step == here, top[None, :], best)
+            ends = (top_start == here) & (top >= 0)
+            top = tl.where(ends, top_below, top)
+            held = ends & (top >= 0)
+            top_start = tl.where(ends, tl.load(start + first + top * inner, mask=held, other=-1), top_start)
+            top_below = tl.where(ends, tl.load(below + first + top * inner, mask=held, other=-1), top_below)
+        place = begin + step
+        there = inside[None, :] & (place < length)
+        somewhere = there & (best >= 0)
+        at = first[None, :] + best * inner
+        found = tl.load(label + at, mask=somewhere, other=0)
+        tl.store(out_label + first[None, :] + place * inner, found, mask=there)
+        if out_distance is not None:
+            apart = _squared(best - place, size)
+            apart += tl.load(distance + at, mask=somewhere, other=float("inf"))
+            tl.store(out_distance + first[None, :] + place * inner, apart, mask=there)
 
 
 def nearest_label(labels: torch.Tensor, spacing: Sequence[float]) -> torch.Tensor:
@@ -141,24 +192,24 @@ def nearest_label(labels: torch.Tensor, spacing: Sequence[float]) -> torch.Tenso
     def empty(dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(labels.shape, dtype=dtype, device=labels.device)
 
-    regions = empty(labels.dtype)
-    distance, nearest = empty(real), empty(torch.int32)
+    distance, label = empty(real), empty(labels.dtype)
+    below, start = empty(torch.int32), empty(torch.int32)
     parts = [(high := ctypes.c_float(scale).value, scale - high) for scale in spacing]
-    inner = pixels // size[0]
+    rows, width = pixels // size[-1], size[-1]
     with torch.cuda.device_of(labels):
-        blocks = triton.cdiv(inner, LINES)
-        walk[launch.programs(planes, blocks)](
-            labels, distance, nearest, size[0], inner, blocks, *parts[0], BLOCK=LINES, num_warps=1
+        blocks = triton.cdiv(rows, launch.TILE_ROWS)
+        along_rows[launch.programs(planes, blocks)](
+            labels, below, distance, label, rows, width, blocks, *parts[-1], ROWS=launch.TILE_ROWS, num_warps=1
         )
-        blocks = triton.cdiv(pixels, PIXELS)
-        for axis in range(1, len(size)):
-            last = axis == len(size) - 1
-            inner //= size[axis]
-            found = (None, None) if last else (empty(real), empty(torch.int32))
-            spread[launch.programs(planes, blocks)](
-                labels, distance, nearest, *found, regions, pixels, size[axis], inner, blocks, *parts[axis],
-                LAST=last, BLOCK=PIXELS, num_warps=1,
+        inner = width
+        for axis in reversed(range(len(size) - 1)):
+            lines = pixels // size[axis]
+            blocks = triton.cdiv(lines, LINES)
+            found = empty(real) if axis else None, empty(labels.dtype)
+            along_axis[launch.programs(planes, blocks)](
+                distance, label, below, start, *found, lines, size[axis], inner, blocks, *parts[axis],
+                BLOCK=LINES, STEPS=STEPS, num_warps=1,
             )  # fmt: skip
-            if not last:
-                distance, nearest = found
-    return regions
+            distance, label = found
+            inner *= size[axis]
+    return label
