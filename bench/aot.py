@@ -277,7 +277,7 @@ def region_variants() -> Iterator[Variant]:
         with recorded(name) as variants:
             regions.nearest_label(torch.empty(4, *size, dtype=torch.int32, device="meta"), spacing)
         yield from (
-            dataclasses.replace(variant, pixels=variant.constants["BLOCK"], name=f"{variant.name}, pass {number}")
+            dataclasses.replace(variant, name=f"{variant.name}, pass {number}")
             for number, variant in enumerate(variants, 1)
         )
 

@@ -50,18 +50,19 @@ def _squared(offset, size):
     return apart * apart
 
 
-@triton.jit
-def _beats(distance, place, other_distance, other_place, at, size):
-    """Whether the candidate at `place` is nearer to the pixel `at` of the line than the other one, which comes first."""
-    return distance + _squared(place - at, size) < other_distance + _squared(other_place - at, size)
-
-
 @triton.jit(do_not_specialize=["rows", "width", "blocks", "spacing", "spacing_rest"])
-def along_rows(labels, before, distance, label, rows, width, blocks, spacing, spacing_rest, ROWS: tl.constexpr):
-    """A block of rows of a plane: from the left the last labelled pixel at or before each, then the next one."""
+def along_rows(labels, distance, label, rows, width, blocks, spacing, spacing_rest, ROWS: tl.constexpr):
+    """A block of rows of a plane: from the left the last labelled pixel at or before each, then the next one.
+
+    The first is a place, kept in `distance` until the second is known.
+    """
     program = tl.program_id(0)
+    plane = (program // blocks).to(tl.int64) * rows * width
+    labels += plane  # indices inside of a plane have 32 bits
+    distance += plane
+    label += plane
     row = (program % blocks) * ROWS + tl.arange(0, ROWS)[:, None]
-    first = (program // blocks).to(tl.int64) * rows * width + row * width
+    first = row * width
     lane = tl.arange(0, WORD)[None, :]
     size = _size(distance, spacing, spacing_rest)
     last = tl.full([ROWS, 1], -1, tl.int32)
@@ -71,24 +72,24 @@ def along_rows(labels, before, distance, label, rows, width, blocks, spacing, sp
         inside = (row < rows) & (x < width)
         labelled = tl.load(labels + first + x, mask=inside, other=0) != 0
         word = tl.sum(labelled.to(tl.int32) << lane, axis=1, keep_dims=True)
-        found = head_lane(word, lane)
-        found = tl.where(found >= 0, left + found, last)
-        tl.store(before + first + x, found, mask=inside)
-        last = tl.max(found, axis=1, keep_dims=True)
+        before = head_lane(word, lane)
+        before = tl.where(before >= 0, left + before, last)
+        tl.store(distance + first + x, before.to(size.dtype), mask=inside)
+        last = tl.max(before, axis=1, keep_dims=True)
         left += WORD
     following = tl.full([ROWS, 1], NOWHERE, tl.int32)
     while left > 0:
         left -= WORD
         x = left + lane
         inside = (row < rows) & (x < width)
-        found = tl.load(before + first + x, mask=inside, other=-1)
-        word = tl.sum((found == x).to(tl.int32) << lane, axis=1, keep_dims=True) & -(1 << lane)
+        before = tl.load(distance + first + x, mask=inside, other=-1).to(tl.int32)
+        word = tl.sum((before == x).to(tl.int32) << lane, axis=1, keep_dims=True) & -(1 << lane)
         after = tl.where(word != 0, left + lowest_bit(word), following)
         following = tl.min(after, axis=1, keep_dims=True)
-        nearest = tl.where((found < 0) | (after - x < x - found), after, found)
+        nearest = tl.where((before < 0) | (after - x < x - before), after, before)
         somewhere = inside & (nearest != NOWHERE)
-        apart = _squared(nearest - x, size)
-        tl.store(distance + first + x, tl.where(somewhere, apart, float("inf")), mask=inside)
+        apart = tl.where(somewhere, _squared(nearest - x, size), float("inf"))
+        tl.store(distance + first + x, apart, mask=inside)
         tl.store(label + first + x, tl.load(labels + first + nearest, mask=somewhere, other=0), mask=inside)
 
 
@@ -100,7 +101,8 @@ def along_axis(
     """A block of lines of a plane along another axis than the last: the envelope, then the best candidate of each pixel.
 
     The entry of the stack for the candidate at a place lies at that place: `below`, the place of the candidate under
-    it, and `start`, the first place where it is the better one. `out_distance` may be None.
+    it, and `start`, the first place where it is the better one; places are numbers of the type of distances.
+    `out_distance` may be None.
     """
     program = tl.program_id(0)
     line = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -109,65 +111,71 @@ def along_axis(
     step = tl.arange(0, STEPS)[:, None]
     size = _size(distance, spacing, spacing_rest)
     real = size.dtype
-    scale = 0.5 / (size * size)
+    slope = 0.5 / (size * size)
+    last = (length - 1).to(real)
 
-    top = tl.full([BLOCK], -1, tl.int32)  # of the stack, where it is empty: nothing beats a distance below all others
+    # The top of the stack. Where that is empty, nothing beats a distance below all others.
+    top = tl.full([BLOCK], -1, real)
     top_below = top
-    top_start = tl.zeros([BLOCK], tl.int32)
+    top_start = tl.zeros([BLOCK], real)
     top_distance = tl.full([BLOCK], float("-inf"), real)
+    to_beat = top_distance  # distance of the pixel at `top_start`
     begin = tl.full([], 0, tl.int32)
     while begin < length:
         place = begin + step
         there = inside[None, :] & (place < length)
         ahead = tl.load(distance + first[None, :] + place * inner, mask=there, other=float("inf"))
         for k in tl.static_range(STEPS):
-            here = begin + k
             new = tl.sum(tl.where(step == k, ahead, 0.0), axis=0)
-            beaten = _beats(new, here, top_distance, top, top_start, size)
-            while any_of(beaten):
-                top = tl.where(beaten, top_below, top)
-                at = first + top * inner
-                held = beaten & (top >= 0)
-                top_below = tl.where(beaten, tl.load(below + at, mask=held, other=-1), top_below)
-                top_start = tl.where(beaten, tl.load(start + at, mask=held, other=0), top_start)
-                top_distance = tl.where(beaten, tl.load(distance + at, mask=held, other=float("-inf")), top_distance)
-                beaten &= _beats(new, here, top_distance, top, top_start, size)
-            # Where both are equally far, rounded to a place: the new one is the better one there, or from the next on.
-            middle = (here + top).to(real) * 0.5 + (new - top_distance) * scale / (here - top).to(real)
-            middle = tl.minimum(tl.maximum(tl.floor(middle + 0.5), top_start.to(real)), (length - 1).to(real))
-            meet = middle.to(tl.int32)
-            better = _beats(new, here, top_distance, top, meet, size)
-            begins = tl.where(top < 0, 0, tl.where(better, meet, meet + 1))
-            pushed = (new < float("inf")) & (begins < length)
-            tl.store(below + first + here * inner, top, mask=pushed)
-            tl.store(start + first + here * inner, begins, mask=pushed)
-            top_below = tl.where(pushed, top, top_below)
-            top_start = tl.where(pushed, begins, top_start)
-            top_distance = tl.where(pushed, new, top_distance)
-            top = tl.where(pushed, here, top)
+            if any_of(new < float("inf")):
+                here = (begin + k).to(real)
+                beaten = new + _squared(here - top_start, size) < to_beat
+                while any_of(beaten):
+                    top = tl.where(beaten, top_below, top)
+                    at = first + top.to(tl.int32) * inner
+                    held = beaten & (top >= 0)
+                    top_below = tl.where(beaten, tl.load(below + at, mask=held, other=-1), top_below)
+                    top_start = tl.where(beaten, tl.load(start + at, mask=held, other=0), top_start)
+                    below_all = float("-inf")
+                    top_distance = tl.where(beaten, tl.load(distance + at, mask=held, other=below_all), top_distance)
+                    to_beat = top_distance + _squared(top - top_start, size)
+                    beaten &= new + _squared(here - top_start, size) < to_beat
+                # Where both are equally far, rounded to a place: the new one is better from there on, or the next.
+                middle = (here + top) * 0.5 + (new - top_distance) * slope / (here - top)
+                meet = tl.minimum(tl.maximum(tl.floor(middle + 0.5), top_start), last)
+                better = new + _squared(here - meet, size) < top_distance + _squared(top - meet, size)
+                begins = tl.where(top < 0, 0.0, tl.where(better, meet, meet + 1.0))
+                pushed = (new < float("inf")) & (begins <= last)
+                at = first + (begin + k) * inner
+                tl.store(below + at, top, mask=pushed)
+                tl.store(start + at, begins, mask=pushed)
+                top_below = tl.where(pushed, top, top_below)
+                top_start = tl.where(pushed, begins, top_start)
+                top_distance = tl.where(pushed, new, top_distance)
+                top = tl.where(pushed, here, top)
+                to_beat = top_distance + _squared(top - top_start, size)
         begin += STEPS
 
     while begin > 0:
         begin -= STEPS
-        best = tl.full([STEPS, BLOCK], -1, tl.int32)
+        best = tl.full([STEPS, BLOCK], -1, real)
         for k in tl.static_range(STEPS):
-            here = begin + STEPS - 1 - k
-            best = tl.where(begin + step == here, top[None, :], best)
-            ends = (top_start == here) & (top >= 0)
+            best = tl.where(step == STEPS - 1 - k, top[None, :], best)
+            ends = (top_start == (begin + STEPS - 1 - k).to(real)) & (top >= 0)
             top = tl.where(ends, top_below, top)
+            at = first + top.to(tl.int32) * inner
             held = ends & (top >= 0)
-            top_start = tl.where(ends, tl.load(start + first + top * inner, mask=held, other=-1), top_start)
-            top_below = tl.where(ends, tl.load(below + first + top * inner, mask=held, other=-1), top_below)
+            top_start = tl.where(ends, tl.load(start + at, mask=held, other=0), top_start)
+            top_below = tl.where(ends, tl.load(below + at, mask=held, other=-1), top_below)
         place = begin + step
         there = inside[None, :] & (place < length)
         somewhere = there & (best >= 0)
-        at = first[None, :] + best * inner
-        found = tl.load(label + at, mask=somewhere, other=0)
-        tl.store(out_label + first[None, :] + place * inner, found, mask=there)
+        at = first[None, :] + best.to(tl.int32) * inner
+        here = first[None, :] + place * inner
+        tl.store(out_label + here, tl.load(label + at, mask=somewhere, other=0), mask=there)
         if out_distance is not None:
-            apart = _squared(best - place, size)
-            apart += tl.load(distance + at, mask=somewhere, other=float("inf"))
-            tl.store(out_distance + first[None, :] + place * inner, apart, mask=there)
+            apart = tl.load(distance + at, mask=somewhere, other=float("inf")) + _squared(best - place.to(real), size)
+            tl.store(out_distance + here, apart, mask=there)
 
 
 def nearest_label(labels: torch.Tensor, spacing: Sequence[float]) -> torch.Tensor:
@@ -193,13 +201,13 @@ def nearest_label(labels: torch.Tensor, spacing: Sequence[float]) -> torch.Tenso
         return torch.empty(labels.shape, dtype=dtype, device=labels.device)
 
     distance, label = empty(real), empty(labels.dtype)
-    below, start = empty(torch.int32), empty(torch.int32)
+    below, start = empty(real), empty(real)
     parts = [(high := ctypes.c_float(scale).value, scale - high) for scale in spacing]
     rows, width = pixels // size[-1], size[-1]
     with torch.cuda.device_of(labels):
         blocks = triton.cdiv(rows, launch.TILE_ROWS)
         along_rows[launch.programs(planes, blocks)](
-            labels, below, distance, label, rows, width, blocks, *parts[-1], ROWS=launch.TILE_ROWS, num_warps=1
+            labels, distance, label, rows, width, blocks, *parts[-1], ROWS=launch.TILE_ROWS, num_warps=1
         )
         inner = width
         for axis in reversed(range(len(size) - 1)):
