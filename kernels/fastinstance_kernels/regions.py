@@ -125,7 +125,7 @@ def along_axis(
         place = begin + step
         there = inside[None, :] & (place < length)
         ahead = tl.load(distance + first[None, :] + place * inner, mask=there, other=float("inf"))
-        for k in tl.static_range(STEPS):
+        for k in range(STEPS):
             new = tl.sum(tl.where(step == k, ahead, 0.0), axis=0)
             if any_of(new < float("inf")):
                 here = (begin + k).to(real)
@@ -159,7 +159,7 @@ def along_axis(
     while begin > 0:
         begin -= STEPS
         best = tl.full([STEPS, BLOCK], -1, real)
-        for k in tl.static_range(STEPS):
+        for k in range(STEPS):
             best = tl.where(step == STEPS - 1 - k, top[None, :], best)
             ends = (top_start == (begin + STEPS - 1 - k).to(real)) & (top >= 0)
             top = tl.where(ends, top_below, top)
