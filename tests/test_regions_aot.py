@@ -12,15 +12,15 @@ VARIANTS = {variant.name: variant for variant in aot.region_variants()}
 
 def test_every_kernel_is_in_the_table() -> None:
     assert [variant.kernel.fn.__name__ for variant in VARIANTS.values()] == [
-        "walk",
-        "spread",
-        "walk",
-        "spread",
-        "spread",
+        "along_rows",
+        "along_axis",
+        "along_rows",
+        "along_axis",
+        "along_axis",
     ]
 
 
-@pytest.mark.parametrize("kernel", [regions.walk, regions.spread])
+@pytest.mark.parametrize("kernel", [regions.along_rows, regions.along_axis])
 def test_numbers_are_not_specialised(kernel: object) -> None:
     """Neither 1 nor a multiple of 16 gets a kernel of its own."""
     (numbers, *_) = [variant.numbers() for variant in VARIANTS.values() if variant.kernel is kernel]
@@ -34,7 +34,7 @@ def test_compiled_code(name: str, target: str) -> None:
     code = aot.compile_variant(VARIANTS[name], aot.TARGETS[target])
     resources = (aot.amd_resources if target == "gfx942" else aot.nvidia_resources)(code)
     assert resources["spills"] == 0
-    assert resources["registers"] <= 64
+    assert resources["registers"] <= 96
     assert resources["shared bytes"] == 0
     assert resources["barriers"] == 0
     assert resources["atomics"] == 0

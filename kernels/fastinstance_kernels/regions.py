@@ -7,14 +7,15 @@ passes, and a repair.) What is kept of a pixel is its best candidate so far:
     distance  float32 or float64 [planes, pixels]  squared, infinite where there is none
     label     like the labels [planes, pixels]     of the candidate, 0 where there is none
 
-The last axis is the first to be worked on. Then, of equally near candidates, the one with the lower place on the line
-is the first in raster order, which is the one that wins. Squared distances are integers when all axes have the same
-spacing, exact in float32 up to 2^24 and in float64 beyond.
+The last axis comes first. So of two candidates on a line the one with the lower place is the first in raster order,
+which wins if they are equally near. Squared distances are integers when all axes have the same spacing, exact in
+float32 up to 2^24 and in float64 beyond.
 
-Along the other axes a line is worked on from one end to the other, once for its *envelope*: those candidates that are
-the best of some pixel. Of two candidates the earlier one is the better one up to a certain place, and the later one from
-there on. So each candidate that comes first takes away all those that it beats where their own stretch begins; a stack
-holds the others. Every candidate comes and goes once at most: the work is linear whatever the image holds.
+Rows are packed into words, whose bits say what is nearest. Along the other axes a program goes over its lines, one for
+each lane, and finds their *envelope*: the candidates that are the best of some pixel. Of two candidates the earlier is
+the better one up to a certain place, the later from there on; so each candidate in turn takes those from a stack that
+it beats where their stretch starts. Every candidate comes once and goes once at most: the work is linear, whatever the
+image holds.
 """
 
 # Compile-time parameters are annotated tl.constexpr and take Python values; launch options are no parameters.
@@ -34,7 +35,7 @@ from .words import WORD, any_of, head_lane, lowest_bit
 NOWHERE = tl.constexpr(2**31 - 1)
 LINES = 32
 STEPS = 8
-"""Pixels of a line that are loaded together, as no load waits for another then."""
+"""Pixels of a line that are loaded together: one wait instead of eight."""
 EXACT_IN_FLOAT32 = 2**24
 
 
@@ -52,9 +53,9 @@ def _squared(offset, size):
 
 @triton.jit(do_not_specialize=["rows", "width", "blocks", "spacing", "spacing_rest"])
 def along_rows(labels, distance, label, rows, width, blocks, spacing, spacing_rest, ROWS: tl.constexpr):
-    """A block of rows of a plane: from the left the last labelled pixel at or before each, then the next one.
+    """A block of rows of a plane: the last labelled pixel up to each, from the left; then the next one, from the right.
 
-    The first is a place, kept in `distance` until the second is known.
+    The place of the former waits in `distance` for the latter.
     """
     program = tl.program_id(0)
     plane = (program // blocks).to(tl.int64) * rows * width
@@ -98,11 +99,11 @@ def along_axis(
     distance, label, below, start, out_distance, out_label, lines, length, inner, blocks, spacing, spacing_rest,
     BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """A block of lines of a plane along another axis than the last: the envelope, then the best candidate of each pixel.
+    """A block of lines along another axis than the last: their envelopes, then the best candidate of each pixel.
 
-    The entry of the stack for the candidate at a place lies at that place: `below`, the place of the candidate under
-    it, and `start`, the first place where it is the better one; places are numbers of the type of distances.
-    `out_distance` may be None.
+    The stack's entry for the candidate at a place lies at that place: `below`, the place of the candidate under it,
+    and `start`, the first place where it is the better one, both in the type of the distances. The last pass has no
+    `out_distance`.
     """
     program = tl.program_id(0)
     line = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -114,7 +115,7 @@ def along_axis(
     slope = 0.5 / (size * size)
     last = (length - 1).to(real)
 
-    # The top of the stack. Where that is empty, nothing beats a distance below all others.
+    # The top of the stack; if that is empty, a distance that nothing beats.
     top = tl.full([BLOCK], -1, real)
     top_below = top
     top_start = tl.zeros([BLOCK], real)
@@ -136,11 +137,11 @@ def along_axis(
                     held = beaten & (top >= 0)
                     top_below = tl.where(beaten, tl.load(below + at, mask=held, other=-1), top_below)
                     top_start = tl.where(beaten, tl.load(start + at, mask=held, other=0), top_start)
-                    below_all = float("-inf")
-                    top_distance = tl.where(beaten, tl.load(distance + at, mask=held, other=below_all), top_distance)
+                    under = tl.load(distance + at, mask=held, other=float("-inf"))
+                    top_distance = tl.where(beaten, under, top_distance)
                     to_beat = top_distance + _squared(top - top_start, size)
                     beaten &= new + _squared(here - top_start, size) < to_beat
-                # Where both are equally far, rounded to a place: the new one is better from there on, or the next.
+                # Where both are equally far, rounded to a place: the new one is better from there or the next one on.
                 middle = (here + top) * 0.5 + (new - top_distance) * slope / (here - top)
                 meet = tl.minimum(tl.maximum(tl.floor(middle + 0.5), top_start), last)
                 better = new + _squared(here - meet, size) < top_distance + _squared(top - meet, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -51,6 +52,34 @@ def test_sizes(shape: tuple[int, ...], pixels: int) -> None:
     labels.view(2, -1).scatter_(1, places, torch.arange(1, pixels + 1, dtype=torch.int32).expand(2, -1))
     check(labels)
     check(labels, (2.0,) + (1.0,) * (len(shape) - 1))
+
+
+@pytest.mark.parametrize("size", [(19, 33), (5, 6, 11)])
+def test_every_pixel_its_own_label(size: tuple[int, ...]) -> None:
+    """Which pixel it was shows, also among the equally near: dense to sparse noise, a lattice, one pixel, none."""
+    pixels = math.prod(size)
+    noise = torch.rand(3, pixels, generator=torch.Generator().manual_seed(0)) > torch.tensor([[0.5], [0.9], [0.98]])
+    chosen = torch.zeros(7, *size, dtype=torch.bool)  # the last one stays empty
+    chosen[:3] = noise.view(3, *size)
+    chosen[(3, ..., *[slice(None, None, 4)] * len(size))] = True
+    chosen[4].view(-1)[0] = chosen[5].view(-1)[-1] = True
+    labels = (chosen.view(7, -1) * torch.arange(1, pixels + 1)).view(7, 1, *size)
+    check(labels)
+    check(labels, (2.5, 1.0, 0.5)[-len(size) :])
+
+
+def test_columns_longer_than_the_stack_is_deep() -> None:
+    """A parabola for an envelope, so that all stay on the stack; and one that the last pixel of each column clears."""
+    y, x = torch.arange(33)[:, None], torch.arange(60)
+    curve = (x == (y - 16) ** 2 // 5) | (x == 59) & (y == 32)
+    check((torch.stack([curve, curve.flip(1)]) * (1 + y)).int()[:, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int64])
+def test_dtypes(dtype: torch.dtype) -> None:
+    labels = torch.zeros(1, 1, 9, 35, dtype=dtype)
+    labels[..., 2, 3], labels[..., 7, 34] = 5, torch.iinfo(dtype).max
+    check(labels)
 
 
 def test_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
