@@ -193,7 +193,7 @@ class CCLoss(_ComponentLoss):
                 f"expected pixel_loss of CCLoss to be a name or a pixel loss of fastinstance, got {pixel_loss!r}: "
                 "any other callable sees whole images, not regions"
             )
-        self.settings = Settings(pixel_loss=pixel_loss, **options)
+        self._set(CCOptions, options, pixel_loss=pixel_loss)
 
     def forward(
         self,
@@ -362,7 +362,7 @@ class ComponentTverskyLoss(_ComponentLoss):
             "smooth": smooth,
         }
         check_not_negative(**self.parameters_of_tversky)
-        self.settings = Settings(**options)
+        self._set(ComponentOptions, options)
 
     @property
     def _weights(self) -> dict[str, float]:
@@ -412,7 +412,7 @@ class ComponentMILLoss(_ComponentLoss):
 
     def __init__(self, **options: Unpack[AveragedOptions]) -> None:
         super().__init__()
-        self.settings = Settings(**options)
+        self._set(AveragedOptions, options)
 
     @property
     def _weights(self) -> dict[str, float]:
@@ -457,7 +457,7 @@ class LesionRecallLoss(_ComponentLoss):
         super().__init__()
         check_not_negative(recall=recall, false_positive=false_positive)
         self.recall, self.false_positive = float(recall), float(false_positive)
-        self.settings = Settings(threshold=threshold, **options)
+        self._set(AveragedOptions, options, threshold=threshold)
 
     @property
     def _weights(self) -> dict[str, float]:

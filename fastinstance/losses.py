@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 
@@ -88,6 +88,20 @@ def _check_weights(weights: Mapping[str, float]) -> None:
 class BaseLoss(nn.Module):
     settings: Settings
 
+    def _set(self, known: Any, options: Mapping[str, Any], **own: object) -> None:
+        """Make the settings, of which `options` are what the caller gave and `known` is their TypedDict.
+
+        Raises:
+            TypeError: an option that this loss does not have; `Settings` would take it and nothing would come of it.
+        """
+        for name in options:
+            if name not in known.__optional_keys__:
+                raise TypeError(
+                    f"expected {type(self).__name__} with its own arguments and "
+                    f"{', '.join(sorted(known.__optional_keys__))}, got {name}"
+                )
+        self.settings = Settings(**own, **options)  # pyright: ignore[reportArgumentType]
+
     def extra_repr(self) -> str:
         """The settings that differ from the defaults."""
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.changed.items())
@@ -99,7 +113,7 @@ class _PixelLoss(BaseLoss):
     def __init__(self, separable: SeparableLoss, options: ImageOptions) -> None:
         super().__init__()
         self.separable = separable
-        self.settings = Settings(pixel_loss=separable, **options)
+        self._set(ImageOptions, options, pixel_loss=separable)
 
     def forward(
         self,
@@ -233,7 +247,7 @@ class InstanceLoss(BaseLoss):
         super().__init__()
         self.weights = InstanceTerms(seg, instance_gt, instance_pred, center, false_gt, false_pred, proximity)  # pyright: ignore[reportArgumentType]
         _check_weights(self.weights._asdict())
-        self.settings = Settings(**options)
+        self._set(InstanceOptions, options)
 
     def forward(
         self,
@@ -336,7 +350,7 @@ class BlobLoss(BaseLoss):
         self.weights = BlobTerms(pixel_weight, blob_weight)  # pyright: ignore[reportArgumentType]
         if options.get("instance_loss") is None:
             options["instance_loss"] = options.get("pixel_loss", Settings.pixel_loss)
-        self.settings = Settings(**options)
+        self._set(BlobOptions, options)
 
     def forward(
         self,

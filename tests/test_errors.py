@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -316,8 +315,27 @@ def test_numbers_of_modules(make: Callable[[], Any], words: list[str]) -> None:
 
 @pytest.mark.parametrize("name", [n for n in fastinstance.__all__ if n.endswith("Loss")])
 def test_a_misspelt_setting_is_an_error(name: str) -> None:
-    with pytest.raises(TypeError, match=re.escape("sigmoidd")):
+    with pytest.raises(TypeError, match=rf"^expected {name} with its own arguments and .*sigmoid, .*got sigmoidd$"):
         getattr(fastinstance, name)(sigmoidd=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("DiceLoss", {"threshold": 0.3}),
+        ("DiceLoss", {"pixel_loss": "ce"}),
+        ("DiceLoss", {"process_group": "world"}),
+        ("BlobLoss", {"average": "image"}),
+        ("BlobLoss", {"missed": "soft"}),
+        ("CCLoss", {"min_size": 3}),
+        ("ComponentTverskyLoss", {"average": "image"}),
+        ("ComponentMILLoss", {"pixel_loss": "ce"}),
+        ("LesionRecallLoss", {"spacing": 2.0}),
+    ],
+)
+def test_a_setting_of_another_loss_is_an_error(name: str, setting: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=rf"^expected {name} with .*, got {next(iter(setting))}$"):
+        getattr(fastinstance, name)(**setting)
 
 
 @pytest.mark.parametrize(
