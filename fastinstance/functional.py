@@ -19,6 +19,7 @@ from . import masked
 from . import terms as tm
 from .backend import backend_for
 from .checks import (
+    CONNECTIVITIES,
     check_activation,
     check_choice,
     check_connectivity,
@@ -89,6 +90,8 @@ class Settings:
         check_size("min_size", self.min_size)
         check_max_instances(self.max_instances)
         check_process_group(self.process_group)
+        several = [len(value) for value in (self.center_size, self.spacing) if isinstance(value, Sequence)]
+        self.for_axes(3 if 3 in several or self.connectivity in CONNECTIVITIES[3] else 2)
         for name in ("pixel_loss", "instance_loss", "center_loss"):
             self._check_nested(name)
         if self.process_group is not None:
@@ -96,6 +99,14 @@ class Settings:
             shown = {**self.changed, **losses}
             del shown["process_group"]
             object.__setattr__(self, "words", re.sub(r" at 0x[0-9a-fA-F]+", "", f"settings {shown}"))
+
+    def for_axes(self, axes: int) -> tuple[int, tuple[int, ...], tuple[float, ...]]:
+        """`connectivity`, `center_size` and `spacing` for images of so many axes; ValueError if they do not fit."""
+        return (
+            check_connectivity(self.connectivity, axes),
+            check_per_axis("center_size", self.center_size, axes, integer=True),
+            check_per_axis("spacing", 1.0 if self.spacing is None else self.spacing, axes, integer=False),
+        )
 
     @property
     def changed(self) -> dict[str, object]:
@@ -160,11 +171,7 @@ class Call:
         )
         labels, valid = (None if image is None else _plain(image) for image in (target_labels, valid_mask))
         self.images = _plain(input), _plain(target), labels, valid
-        axes = input.ndim - 2
-        self.connectivity = check_connectivity(settings.connectivity, axes)
-        self.center_size = check_per_axis("center_size", settings.center_size, axes, integer=True)
-        spacing = 1.0 if settings.spacing is None else settings.spacing
-        self.spacing = check_per_axis("spacing", spacing, axes, integer=False)
+        self.connectivity, self.center_size, self.spacing = settings.for_axes(input.ndim - 2)
         if reads_values(target):
             check_values(*self.images[1:], channels=input.shape[1], to_onehot_y=settings.to_onehot_y)
 

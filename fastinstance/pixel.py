@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -184,8 +185,8 @@ class SeparableLoss:
 
 def check_not_negative(**values: float) -> None:
     for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"expected {name} to be a finite number >= 0, got {value}")
+        if not isinstance(value, Real) or not 0 <= value < math.inf:
+            raise ValueError(f"expected {name} to be a finite number >= 0, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,8 @@ class Focal(SeparableLoss):
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.gamma) and (self.gamma == 0 or self.gamma >= 1)):
+        check_not_negative(gamma=self.gamma)
+        if 0 < self.gamma < 1:
             raise ValueError(
                 f"expected gamma to be 0 or at least 1, got {self.gamma}; in between the slope is unbounded"
             )

@@ -277,10 +277,10 @@ def test_modules_at_the_call(wrong: str) -> None:
         check_message(caught.value, words)
 
 
-AXES = {"connectivity", "center_size", "spacing"}  # their check needs the number of axes
+FIT_3D = {"connectivity of 3D", "centre of three axes", "spacing of three axes"}
 
 
-@pytest.mark.parametrize("wrong", [name for name, (changes, *_) in SETTINGS.items() if not AXES & changes.keys()])
+@pytest.mark.parametrize("wrong", sorted(SETTINGS.keys() - FIT_3D))
 def test_modules_at_the_start(wrong: str) -> None:
     """A setting is refused when the module is made, not in the first step of a training."""
     changes, exception, words = SETTINGS[wrong]
@@ -300,7 +300,13 @@ def test_modules_at_the_start(wrong: str) -> None:
         (lambda: fastinstance.BlobLoss(pixel_weight=0, blob_weight=0), ["at least one weight"]),
         (lambda: fastinstance.FocalLoss(gamma=-1), ["gamma", "-1"]),
         (lambda: fastinstance.FocalLoss(gamma=NAN), ["gamma", "nan"]),
+        (lambda: fastinstance.FocalLoss(gamma="2"), ["gamma", "'2'"]),
         (lambda: fastinstance.DiceLoss(smooth_nr=-1), ["smooth_nr", "-1"]),
+        (lambda: fastinstance.DiceLoss(smooth_nr=None), ["smooth_nr", "None"]),
+        (lambda: fastinstance.LesionRecallLoss(recall="1"), ["recall", "'1'"]),
+        (lambda: fastinstance.ICILoss(spacing=(1, 0, 1)), ["spacing", "3 of them", "(1, 0, 1)"]),
+        (lambda: fastinstance.ICILoss(spacing=(1,)), ["spacing", "2 of them", "(1,)"]),
+        (lambda: fastinstance.ICILoss(connectivity=8, spacing=(1, 1, 1)), ["connectivity", "3D", "8"]),
         (lambda: fastinstance.TverskyLoss(alpha=-0.5), ["alpha", "-0.5"]),
         (lambda: fastinstance.TverskyLoss(beta=INF), ["beta", "inf"]),
         (lambda: fastinstance.DiceCELoss(lambda_ce=NAN), ["lambda_ce", "nan"]),
