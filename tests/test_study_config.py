@@ -96,6 +96,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "in [loss] options of FalseLoss: did you mean missed?",
     ),
     "option's value": ({"loss": {"options": {"missed": "x"}}}, "[loss] options of FalseLoss: "),
+    "option for volumes": (
+        {"loss": {"options": {"connectivity": 26}}},
+        "[loss] options of FalseLoss: expected connectivity in (4, 8)",
+    ),
     "option of another loss": (
         {"loss": {"name": "DiceLoss", "options": {"missed": "soft"}}},
         "unknown option missed in",
@@ -122,7 +126,7 @@ def test_mistakes_are_named(name: str):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [None, b"a = ", b"\xff", b"[loss]\nname = 3"])
+@pytest.mark.parametrize("content", [None, b"a = ", b"\xff", b"[loss]\nname = 3", b"[training]\nlearning_rate = inf"])
 def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None):
     path = tmp_path / "run.toml"
     if content is not None:

@@ -466,7 +466,7 @@ BAD = [
     ('name = "tiny"', 'name = "a/b"', "expected name to be a text that can name a folder"),
     ("seeds = [0]", "seeds = [0, 0]", "expected seeds without repetition"),
     ("seeds = [0]", "seeds = 3", "expected seeds to be a list of whole numbers, got 3"),
-    ("seeds = [0]", "seed = [0]", "unknown key seed in the plan; did you mean seeds?"),
+    ("seeds = [0]", "seed = [0]", "unknown key seed in the plan: did you mean seeds?"),
     ("folds = 2", "folds = 1", "expected folds to be a whole number from 2 on, got 1"),
     ("folds = 2", "folds = 2\nrun_folds = [2]", "run_folds names fold 2, but little has 2 folds"),
     ("folds = 2", 'folds = [["person0"], 3]', "expected folds to be a number or lists of the persons"),
@@ -494,7 +494,18 @@ BAD = [
     ("min_size = 2", "min_size = -1", "expected min_size in evaluation of [data.little]"),
     ('small = "Detection"', 'small = "GDF"', "an ensemble takes small and large instances from GDF"),
     ('small = "Detection"', "", "an ensemble lacks small"),
-    ("[network]", "[network", "is not a TOML file"),
+    (
+        '"DetectionLoss"',
+        '"CCLoss"\noptions = { spacing = [1, inf] }',
+        "losses.Detection.options.spacing.2: expected a finite number, got inf",
+    ),
+    (
+        '"DetectionLoss"',
+        '"DetectionLoss"\noptions = { connectivity = 26 }',
+        "little with Detection: [loss] options of DetectionLoss: expected connectivity in (4, 8)",
+    ),
+    ("[network]", "[network", "expected TOML"),
+    ("learning_rate = 1e-2", "learning_rate = nan", "training.learning_rate: expected a finite number, got nan"),
 ]
 
 
@@ -526,7 +537,7 @@ def test_impossible_folds_are_found_before_training(old, new, words, plan, here,
 
 def test_no_plan_and_no_cells(plan, tmp_path, capsys):
     assert study("run", tmp_path / "none.toml") == 1
-    assert "cannot read" in only_line(capsys.readouterr().err)
+    assert "No such file" in only_line(capsys.readouterr().err)
     for command in (("table", plan), ("figures", plan), ("collect", plan, tmp_path / "r.json")):
         assert study(*command, "--out", tmp_path / "out") == 1
         assert "no cell is done" in only_line(capsys.readouterr().err)

@@ -12,7 +12,7 @@ import json
 import math
 import tomllib
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +38,7 @@ __all__ = [
     "named_terms",
     "read_config",
     "read_table",
+    "read_toml",
     "refuse_unknown",
     "to_toml",
 ]
@@ -312,11 +313,11 @@ class RunConfig:
         return to_toml(self.to_table())
 
 
-def read_config(path: Path) -> RunConfig:
-    """The run of a TOML file.
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
 
     Raises:
-        StudyError: no such file, not TOML, or as `RunConfig.from_table`.
+        StudyError: no such file, not TOML, or a number that is infinite or NaN.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -324,6 +325,28 @@ def read_config(path: Path) -> RunConfig:
         raise StudyError(f"{path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise StudyError(f"{path}: expected TOML: {error}") from error
+    for key, value in _numbers(table):
+        if not math.isfinite(value):
+            raise StudyError(f"{path}: {key}: expected a finite number, got {value}")
+    return table
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a table, and where it is, such as "losses.GDF.options.gamma"."""
+    if isinstance(value, float):
+        yield key, value
+    inner = value.items() if isinstance(value, Mapping) else enumerate(value, 1) if isinstance(value, list) else ()
+    for name, one in inner:
+        yield from _numbers(one, f"{key}.{name}" if key else str(name))
+
+
+def read_config(path: Path) -> RunConfig:
+    """The run of a TOML file.
+
+    Raises:
+        StudyError: as `read_toml` and `RunConfig.from_table`.
+    """
+    table = read_toml(path)
     try:
         return RunConfig.from_table(table)
     except StudyError as error:
@@ -466,6 +489,8 @@ def _build(name: str, options: Mapping[str, Any], process_group: str | None, whe
     refuse_unknown(options, known, f"in {where} of {name}", what="option")
     average = {"process_group": process_group} if "process_group" in arguments else {}
     try:
-        return kind(sigmoid=True, **average, **options)
+        loss = kind(sigmoid=True, **average, **options)
+        loss.settings.for_axes(2)
+        return loss
     except (TypeError, ValueError) as error:
         raise StudyError(f"{where} of {name}: {error}") from error

@@ -45,13 +45,13 @@ import difflib
 import json
 import math
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fastinstance.metrics import METRICS
+from fastinstance.study.config import RunConfig, read_toml, refuse_unknown
 from fastinstance.study.subjects import StudyError
 
 __all__ = ["Cell", "DataSet", "Ensemble", "Evaluation", "Plan", "read_plan"]
@@ -161,8 +161,6 @@ class Plan:
 
     def training_key(self, cell: Cell) -> dict[str, Any]:
         """Everything that decides what a cell's network becomes; another value means another training."""
-        from fastinstance.study.config import RunConfig
-
         data = self.data[cell.data]
         folds = data.folds if isinstance(data.folds, int) else [list(fold) for fold in data.folds]
         run = RunConfig.from_table(self.run_table(cell)).to_table()  # with the defaults
@@ -187,13 +185,7 @@ def read_plan(path: Path, *, to_run: bool = False) -> Plan:
     Raises:
         StudyError: one line that says what is wrong.
     """
-    try:
-        with path.open("rb") as file:
-            table = tomllib.load(file)
-    except OSError as error:
-        raise StudyError(f"cannot read {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path} is not a TOML file: {error}") from error
+    table = read_toml(path)
     try:
         plan = _plan_of(table)
         if to_run:
@@ -201,14 +193,6 @@ def read_plan(path: Path, *, to_run: bool = False) -> Plan:
     except StudyError as error:
         raise StudyError(f"{path}: {error}") from error
     return plan
-
-
-def _known(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; expected {', '.join(known)}"
-            raise StudyError(f"unknown key {key} in {where}{hint}")
 
 
 def _whole(value: Any, least: int, what: str) -> int:
@@ -265,7 +249,7 @@ def _one_of(name: Any, names: Sequence[str], what: str) -> str:
 
 
 def _evaluation(table: Mapping[str, Any], where: str) -> Evaluation:
-    _known(table, [field.name for field in fields(Evaluation)], where)
+    refuse_unknown(table, [field.name for field in fields(Evaluation)], f"in {where}")
     given = Evaluation(**table)
     _whole(given.min_size, 0, f"min_size in {where}")
     _number(given.small_ml, 0, math.inf, f"small_ml in {where}")
@@ -285,7 +269,7 @@ def _folds(value: Any, what: str) -> int | tuple[tuple[str, ...], ...]:
 
 
 def _plan_of(table: Mapping[str, Any]) -> Plan:
-    _known(table, _KEYS, "the plan")
+    refuse_unknown(table, _KEYS, "in the plan")
     name = table.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise StudyError(f"expected name to be a text that can name a folder, got {name!r}")
@@ -356,7 +340,7 @@ def _ensembles(value: Any, losses: Sequence[str]) -> tuple[Ensemble, ...]:
         raise StudyError(f"expected ensembles to be a list of tables, got {value!r}")
     ensembles: dict[str, Ensemble] = {}
     for table in value:
-        _known(table, ("small", "large", "threshold_ml"), "ensembles")
+        refuse_unknown(table, ("small", "large", "threshold_ml"), "in ensembles")
         for key in ("small", "large"):
             if key not in table:
                 raise StudyError(f"an ensemble lacks {key}, the loss that its {key} instances come from")
@@ -376,7 +360,6 @@ def _ensembles(value: Any, losses: Sequence[str]) -> tuple[Ensemble, ...]:
 def _check_runs(plan: Plan) -> None:
     """Every data set and every run that the plan asks for, as `fastinstance train` would check them."""
     from fastinstance.study import data as sources
-    from fastinstance.study.config import RunConfig, build_loss
 
     for data in plan.data.values():
         try:
@@ -391,6 +374,6 @@ def _check_runs(plan: Plan) -> None:
             continue
         checked.add(text)
         try:
-            build_loss(RunConfig.from_table(table).loss)
+            RunConfig.from_table(table)
         except StudyError as error:
             raise StudyError(f"{cell.data} with {cell.loss}: {error}") from error
