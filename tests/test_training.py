@@ -76,10 +76,11 @@ def bits(value: Any) -> Any:
 
 
 def contents(out: Path) -> dict[str, Any]:
-    """All that a run leaves but its log, to the bit."""
+    """All that a run leaves but its log and the time it took, to the bit."""
     files = {name: out / name for name in FILES}
     return {
-        name: bits(load_checkpoint(path)) if path.suffix == ".pt" else path.read_text() for name, path in files.items()
+        name: bits(load_checkpoint(path) | {"seconds": 0}) if path.suffix == ".pt" else path.read_text()
+        for name, path in files.items()
     }
 
 
@@ -236,8 +237,12 @@ def test_sigterm_saves_after_the_step(tmp_path: Path, monkeypatch: pytest.Monkey
         result = go(tmp_path)
     assert not result.finished
     assert load_checkpoint(tmp_path / "last.pt")["step"] == step + 1
+    assert 0 < result.seconds == load_checkpoint(tmp_path / "last.pt")["seconds"]
     assert f"stopped by SIGTERM after step {step + 1}" in (tmp_path / "log.txt").read_text()
-    assert go(tmp_path).finished
+    save_checkpoint(tmp_path / "last.pt", load_checkpoint(tmp_path / "last.pt") | {"seconds": 1000.0})
+    again = go(tmp_path)
+    assert again.finished
+    assert 1000 < again.seconds < 2000
     assert contents(tmp_path) == whole[1]
 
 

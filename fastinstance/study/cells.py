@@ -173,7 +173,6 @@ def run_cell(plan: Plan, cell: Cell, out: Path, skip_bad: bool) -> None:
         },
     )
     (folder / "result.json").unlink(missing_ok=True)
-    began = time.perf_counter()
     config = RunConfig.from_table(plan.run_table(cell))
     result = train(config, parts.train, parts.validation, folder / "run", progress=False)
     if not result.finished:  # SIGTERM; everything is saved
@@ -201,7 +200,7 @@ def run_cell(plan: Plan, cell: Cell, out: Path, skip_bad: bool) -> None:
         "validation": len(parts.validation),
         "second": second,
         "epoch": result.best_epoch,
-        "seconds": {"training": round(trained - began, 2), "test": round(time.perf_counter() - trained, 2)},
+        "seconds": {"training": round(result.seconds, 2), "test": round(time.perf_counter() - trained, 2)},
         "threshold": tuned,
         **_truth(parts.test),
         "at": {

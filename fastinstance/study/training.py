@@ -71,6 +71,8 @@ class TrainingResult:
     """Metrics of the validation at that epoch."""
     curves: tuple[dict[str, float], ...]
     """A row for each epoch, as in `curves.csv`; metrics only of epochs that were validated."""
+    seconds: float
+    """Spent on the training, validation included, in all calls; of what a kill undid, only the second time counts."""
     images_per_second: float
     """Slices trained in this call, all ranks together; 0 if it had nothing to do."""
 
@@ -416,6 +418,7 @@ class _Run:
         self.epoch = self.step = 0
         self.stopping = False
         self.loss_sum = 0.0
+        self.seconds, self.clock = 0.0, time.perf_counter()
         self.rows: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"epoch": 0, "scores": {}}
         self.folder = _Folder(out, config, ranks)
@@ -436,10 +439,12 @@ class _Run:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.loss_sum = state["epoch"], state["step"], state["loss_sum"]
-        self.rows, self.best = state["rows"], state["best"]
+        self.rows, self.best, self.seconds = state["rows"], state["best"], state["seconds"]
 
     def _save(self) -> None:
         """All that `_restore` reads."""
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
         if not self.folder.writes:
             return
         state = {
@@ -451,6 +456,7 @@ class _Run:
             "loss_sum": self.loss_sum,
             "rows": self.rows,
             "best": self.best,
+            "seconds": self.seconds,
             "network": self.network.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
@@ -487,6 +493,7 @@ class _Run:
             best_epoch=self.best["epoch"],
             best=self.best["scores"],
             curves=tuple(self.rows),
+            seconds=self.seconds,
             images_per_second=trained / seconds if seconds else 0.0,
         )
 
