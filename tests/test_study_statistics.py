@@ -1,6 +1,7 @@
 """Statistics, folds and outcomes of the study, on cases worked out by hand or by brute force."""
 
 import csv
+import dataclasses
 import itertools
 import math
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from fastinstance.metrics import VOLUME_EDGES, instance_metrics
 from fastinstance.overlay import paint
 from fastinstance.study import cells, outcomes, results
+from fastinstance.study.figures import FIGURES
 from fastinstance.study.measure import CURVE, THRESHOLDS, binary, curve_of, measure
 from fastinstance.study.plan import Evaluation
 from fastinstance.study.splits import make_folds, split
@@ -342,6 +344,36 @@ def test_tables_say_what_the_results_say(tmp_path):
     assert float(rows[1]["pq_low"]) == pytest.approx(0.5)
     assert rows[1]["collapsed"] == "2"
     assert "+0.350 [+0.350, +0.350], p 0.500, seeds +0.300 to +0.400" in tables[5].markdown()
+
+
+def test_losses_are_averaged_over_the_seeds_and_folds_that_all_have(tmp_path):
+    cells = [cell("base", seed, **BASE, pq=0.1 + seed / 10) for seed in range(3)]
+    cells += [cell("loss", seed, **BASE, pq=0.5 + seed / 10) for seed in range(2)]
+    ensembles = [{**cell("", seed, **BASE, pq=0.7), "ensemble": ["d", "both", seed, 0]} for seed in range(3)]
+    votes = [{**cell("", seed, **BASE), "vote": ["d", "o", seed], "folds": [0]} for seed in range(2)]
+    for vote, methods in zip(votes, (["base", "loss"], ["base"]), strict=True):
+        vote["methods"] = dict.fromkeys(methods, vote["at"]["fixed"])
+    plan = {"name": "made", "ensembles": [{"small": "base", "large": "loss"}]}
+    changes = {"plan": plan, "ensembles_of_losses": ("both",), "ensembles": ensembles, "votes": votes}
+    found = dataclasses.replace(made(*cells), **changes)
+    tables = {f"{one.number}{one.part}": one for one in make_tables(found)}
+    note = "Over 2 of 3 seeds and folds, which every loss has."
+    for name in "12":
+        assert [row[1].split()[0] for row in tables[name].rows] == ["0.250", "0.650"]
+        assert tables[name].note == note
+    assert [row[-1] for row in tables["1"].rows] == ["0 / 2", "0 / 2"]
+    assert [record["method"] for record in tables["4A"].records] == ["base", "loss", "both"]
+    assert tables["4A"].note == note
+    assert tables["4B"].note == "Over 1 of 2 seeds, which every loss has."
+    assert tables["5"].note.endswith(note)
+    for draw in FIGURES.values():
+        draw(found, tmp_path / "figure.png")
+
+    apart = made(*(cells[2:]))  # nothing to compare
+    first, *rest = make_tables(apart)
+    assert first.note == "Over 0 of 3 seeds and folds, which every loss has."
+    assert [row[1] for row in first.rows] == ["", ""]
+    assert {one.number for one in rest} == {2}
 
 
 def test_touching_nuclei_are_told_apart_in_pictures():

@@ -172,7 +172,8 @@ def overlays(results: Results, path: Path) -> None:
     """Fig. 10: what each loss finds in one slice, the one with most instances of the first test fold."""
     drawn: dict[str, dict[str, Any]] = {}
     for data in results.data:
-        cells = [cell for loss in results.losses for cell in results.of(data, loss) if "picture" in cell]
+        cells = [cell for cell in results.cells if cell["cell"][0] == data and "picture" in cell]
+        cells.sort(key=lambda cell: results.losses.index(cell["cell"][1]))
         if cells:
             drawn[data] = {"first": cells[0]["picture"], "cells": cells}
     columns = 1 + max((len(one["cells"]) for one in drawn.values()), default=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ __all__ = ["Results", "collect", "read_results"]
 
 FORMAT = 1
 Values = NDArray[np.float64]
+Place = tuple[int, int]
+"""Seed and fold."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,42 @@ class Results:
     failed: Mapping[str, str]
     missing: Sequence[str]
 
-    def of(self, data: str, loss: str) -> Iterator[Mapping[str, Any]]:
-        """The cells of a loss, in the order of seeds and folds."""
+    @cached_property
+    def begun(self) -> Mapping[str, Mapping[str, set[Place]]]:
+        """Of each data set, the losses that have results, and for which seeds and folds."""
+        places: dict[str, dict[str, set[Place]]] = {data: {} for data in self.data}
         for cell in self.cells:
-            if cell["cell"][:2] == [data, loss]:
+            data, loss, seed, fold = cell["cell"]
+            places[data].setdefault(loss, set()).add((seed, fold))
+        return places
+
+    @cached_property
+    def shared(self) -> Mapping[str, set[Place]]:
+        """Of each data set, the seeds and folds that every loss has that has results.
+
+        Nothing else counts in tables and figures, so that losses are compared on the same subjects while a study is
+        not complete.
+        """
+        return {data: set.intersection(*places.values()) if places else set() for data, places in self.begun.items()}
+
+    def note(self, data: str) -> str:
+        """Says what was left out, if anything."""
+        every = set().union(*self.begun[data].values())
+        shared = len(self.shared[data])
+        return "" if shared == len(every) else f"Over {shared} of {len(every)} seeds and folds, which every loss has."
+
+    def of(self, data: str, loss: str) -> Iterator[Mapping[str, Any]]:
+        """The cells of a loss whose seed and fold are `shared`, in the order of seeds and folds."""
+        for cell in self.cells:
+            if cell["cell"][:2] == [data, loss] and tuple(cell["cell"][2:]) in self.shared[data]:
                 yield cell
 
     def documents(self, data: str, method: str) -> list[Mapping[str, Any]]:
-        """The cells of a loss, or of an ensemble."""
+        """The cells of a loss, or of an ensemble, whose seed and fold are `shared`."""
         if method in self.losses:
             return list(self.of(data, method))
-        return [one for one in self.ensembles if one["ensemble"][:2] == [data, method]]
+        found = (one for one in self.ensembles if one["ensemble"][:2] == [data, method])
+        return [one for one in found if tuple(one["ensemble"][2:]) in self.shared[data]]
 
     def by_subject(self, data: str, method: str, metric: str, at: str = "fixed") -> dict[tuple[str, str], float]:
         """Mean over the seeds of a metric for each (person, subject); `at` is "fixed" or "tuned"."""

@@ -110,7 +110,7 @@ def _cross_validated(results: Results, number: int, at: str) -> list[Table]:
     which = "threshold 0.5" if at == "fixed" else "the threshold tuned on the validation persons"
     tables: list[Table] = []
     for part, data in zip(_letters(len(results.data)), results.data, strict=True):
-        methods = {loss: documents for loss in results.losses if (documents := results.documents(data, loss))}
+        methods = {loss: results.documents(data, loss) for loss in results.losses if loss in results.begun[data]}
         if not methods:
             continue
         made = _ranked(methods, at)
@@ -121,6 +121,7 @@ def _cross_validated(results: Results, number: int, at: str) -> list[Table]:
             record |= {"collapsed": bad, "cells": cells}
         failed = [name for name in results.failed if name.startswith(f"{data}/")]
         note = f"Failed, and in no mean: {', '.join(failed)}." if failed else ""
+        note = " ".join(filter(None, (results.note(data), note)))
         title = f"{data}, cross-validation, {which}: mean over subjects [95 % interval] (rank)"
         tables.append(Table(number, part, title, note=note, **made))
     return tables
@@ -128,7 +129,7 @@ def _cross_validated(results: Results, number: int, at: str) -> list[Table]:
 
 def _ensembles_and_votes(results: Results) -> list[Table]:
     """Table 4: volume ensembles beside the losses they are made of, and the second data set."""
-    parts: list[tuple[str, dict[str, Any]]] = []
+    parts: list[tuple[str, dict[str, Any], str]] = []
     for data in results.data:
         ensembles = [name for name in results.ensembles_of_losses if results.documents(data, name)]
         if ensembles:
@@ -139,21 +140,20 @@ def _ensembles_and_votes(results: Results) -> list[Table]:
             ]
             methods = {name: found for name in (*members, *ensembles) if (found := results.documents(data, name))}
             title = f"{data}, volume ensembles in cross-validation, threshold 0.5"
-            parts.append((title, _ranked(methods, "fixed")))
+            parts.append((title, _ranked(methods, "fixed"), results.note(data)))
     for data in results.data:
         votes = [vote for vote in results.votes if vote["vote"][0] == data]
         names = list(dict.fromkeys(name for vote in votes for name in vote["methods"]))
-        methods = {
-            name: [{**vote, "at": {"fixed": vote["methods"][name]}} for vote in votes if name in vote["methods"]]
-            for name in names
-        }
+        whole = [vote for vote in votes if len(vote["methods"]) == len(names)]
+        methods = {name: [{**vote, "at": {"fixed": vote["methods"][name]}} for vote in whole] for name in names}
         if methods:
             folds, other = len(votes[0]["folds"]), votes[0]["vote"][1]
             title = f"trained on {data}, tested on {other} by majority vote of {folds} folds, threshold 0.5"
-            parts.append((title, _ranked(methods, "fixed")))
+            note = "" if whole == votes else f"Over {len(whole)} of {len(votes)} seeds, which every loss has."
+            parts.append((title, _ranked(methods, "fixed"), note))
     tables: list[Table] = []
-    for letter, (title, made) in zip(_letters(len(parts)), parts, strict=True):
-        tables.append(Table(4, letter, f"{title}: mean over subjects [95 % interval] (rank)", **made))
+    for letter, (title, made, note) in zip(_letters(len(parts)), parts, strict=True):
+        tables.append(Table(4, letter, f"{title}: mean over subjects [95 % interval] (rank)", note=note, **made))
     return tables
 
 
@@ -205,6 +205,7 @@ def _comparisons(results: Results) -> list[Table]:
             f"that of {baseline} at 0.5. p: Wilcoxon's signed-rank test on persons, by Holm over the losses. "
             "Seeds: the mean difference with the least and the most favourable seed."
         )
+        note = " ".join(filter(None, (note, results.note(data))))
         title = f"{data}, difference to {baseline}, paired by subject: mean [95 % interval]"
         tables.append(Table(5, part, title, header, [(loss, *cells) for loss, cells in by_loss.items()], records, note))
     return tables
