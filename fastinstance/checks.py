@@ -17,13 +17,17 @@ __all__ = [
     "CONNECTIVITIES",
     "MAX_ID",
     "check_activation",
+    "check_binary",
     "check_choice",
     "check_connectivity",
+    "check_floating",
+    "check_id_range",
     "check_images",
     "check_mask",
     "check_mask_pair",
     "check_mask_values",
     "check_max_instances",
+    "check_not_empty",
     "check_per_axis",
     "check_probabilities",
     "check_size",
@@ -67,14 +71,14 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_threshold(threshold: float) -> None:
-    if not isinstance(threshold, int | float) or not 0 < threshold < 1:
-        raise ValueError(f"expected threshold strictly between 0 and 1, got {threshold!r}")
+def check_threshold(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(f"expected {name} strictly between 0 and 1, got {value!r}")
 
 
-def check_size(name: str, value: object) -> None:
+def check_size(name: str, value: object, of: str = "pixels") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"expected {name} to be an integer >= 0 (a number of pixels), got {value!r}")
+        raise ValueError(f"expected {name} to be an integer >= 0 (a number of {of}), got {value!r}")
 
 
 def check_max_instances(value: object) -> None:
@@ -167,14 +171,10 @@ def check_mask_pair(pred: Tensor, target: Tensor, pred_labels: Tensor | None, ta
 
 def check_mask_values(name: str, mask: Tensor, labels: Tensor | None) -> None:
     """A mask is binary, and its ids are in range and where it is."""
-    if _not_binary(mask):
-        raise ValueError(
-            f"expected {name} to hold only 0 and 1, got other values; use {name} >= 0.5 for probabilities, "
-            f"{name} > 0 for a mask, {name}_labels= for instance ids"
-        )
+    check_binary(name, mask, f"{name} >= 0.5 for probabilities, {name} > 0 for a mask, {name}_labels= for instance ids")
     if labels is None:
         return
-    _check_id_range(f"{name}_labels", labels)
+    check_id_range(f"{name}_labels", labels)
     differs = int((labels.bool() ^ mask.bool()).sum())
     if differs:
         raise ValueError(
@@ -183,13 +183,23 @@ def check_mask_values(name: str, mask: Tensor, labels: Tensor | None) -> None:
         )
 
 
-def _check_id_range(name: str, labels: Tensor) -> None:
+def check_id_range(name: str, labels: Tensor) -> None:
     low, high = (bound.item() for bound in _comparable(labels).aminmax())
     if low < 0 or high > MAX_ID:
         raise ValueError(
             f"expected {name} between 0 and {MAX_ID}, got values from {low} to {high}; "
             "0 is background, ids need not be consecutive"
         )
+
+
+def check_floating(name: str, image: Tensor) -> None:
+    if image.dtype not in _FLOATS:
+        raise TypeError(f"expected {name} of a floating dtype, got {image.dtype}; convert it with {name}.float()")
+
+
+def check_not_empty(name: str, image: Tensor) -> None:
+    if image.numel() == 0:
+        raise ValueError(f"expected {name} with at least one pixel, got {_shape(image)}; skip empty batches")
 
 
 def check_images(
@@ -205,12 +215,10 @@ def check_images(
     """Shapes, dtypes and devices of the tensors of one call; reads no value."""
     if not isinstance(input, Tensor):
         raise TypeError(f"expected input to be a tensor, got {type(input).__name__}")
-    if input.dtype not in _FLOATS:
-        raise TypeError(f"expected input of a floating dtype, got {input.dtype}; convert it with input.float()")
+    check_floating("input", input)
     if input.ndim not in (4, 5):
         raise ValueError(f"expected input [B,C,H,W] or [B,C,D,H,W], got {_shape(input)}; add the missing axes")
-    if input.numel() == 0:
-        raise ValueError(f"expected input with at least one pixel, got {_shape(input)}; skip empty batches")
+    check_not_empty("input", input)
     _check_tensor("target", target, input)
     batch, channels, *size = input.shape
     if target.shape not in {(batch, 1, *size), (batch, channels, *size)}:
@@ -257,12 +265,18 @@ def _not_binary(tensor: Tensor) -> bool:
     return False
 
 
+def check_binary(name: str, mask: Tensor, instead: str) -> None:
+    """`instead` says what to use for other values."""
+    if _not_binary(mask):
+        raise ValueError(f"expected {name} to hold only 0 and 1, got other values; use {instead}")
+
+
 def check_values(
     target: Tensor, target_labels: Tensor | None, valid_mask: Tensor | None, *, channels: int, to_onehot_y: bool
 ) -> None:
     """Binary targets and masks, class indices in range, ids in range and in agreement with the target."""
-    if valid_mask is not None and _not_binary(valid_mask):
-        raise ValueError("expected valid_mask to hold only 0 and 1, got other values; use mask > 0")
+    if valid_mask is not None:
+        check_binary("valid_mask", valid_mask, "mask > 0")
     if to_onehot_y:
         low, high = (bound.item() for bound in target.aminmax())
         if not (low >= 0 and high < channels and bool((target == target.long()).all())):
@@ -270,14 +284,15 @@ def check_values(
                 f"expected target to hold class indices 0 to {channels - 1} with to_onehot_y=True, "
                 f"got values from {low} to {high}"
             )
-    elif _not_binary(target):
-        raise ValueError(
-            "expected target to hold only 0 and 1, got other values; use target > 0 for a mask, "
-            "to_onehot_y=True for class indices, target_labels= for instance ids"
+    else:
+        check_binary(
+            "target",
+            target,
+            "target > 0 for a mask, to_onehot_y=True for class indices, target_labels= for instance ids",
         )
     if target_labels is None:
         return
-    _check_id_range("target_labels", target_labels)
+    check_id_range("target_labels", target_labels)
     truth = target.bool()
     if to_onehot_y:
         truth = target == torch.arange(channels, device=target.device).view(1, -1, *[1] * (target.ndim - 2))
@@ -292,10 +307,11 @@ def check_values(
         )
 
 
-def check_probabilities(low: float, high: float) -> None:
+def check_probabilities(
+    low: float, high: float, name: str = "input", instead: str = "set sigmoid=True or softmax=True for logits"
+) -> None:
     """`low` and `high` are the extremes of what should be probabilities (NaN if any is NaN)."""
     if not (low >= 0 and high <= 1):
         raise ValueError(
-            f"expected input to hold probabilities in [0, 1], got values from {low:.6g} to {high:.6g}; "
-            "set sigmoid=True or softmax=True for logits"
+            f"expected {name} to hold probabilities in [0, 1], got values from {low:.6g} to {high:.6g}; {instead}"
         )

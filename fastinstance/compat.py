@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,13 +21,24 @@ from torch import Tensor, nn
 from . import masked
 from . import terms as tm
 from .boxes import nearest_of_all
-from .checks import MAX_ID, check_choice, check_size, check_threshold
+from .checks import (
+    MAX_ID,
+    check_binary,
+    check_choice,
+    check_floating,
+    check_id_range,
+    check_not_empty,
+    check_probabilities,
+    check_size,
+    check_threshold,
+    reads_values,
+)
 from .components import foreground
 from .criteria import Criterion, Recognised, advise, recognise, resolve
 from .functional import Scene, Settings
 from .ops import DenseSums, InstanceSums, instance_sums
 from .partition import Partition, Side, partition
-from .pixel import Dice, Sums
+from .pixel import Dice, Sums, check_not_negative
 from .terms import Features
 
 __all__ = ["InstanceCenterLoss", "InstanceLoss", "compute_blob_loss_multi"]
@@ -79,14 +91,15 @@ class _AuthorsLoss(nn.Module):
         check_choice("activation", self.activation, ("sigmoid", "softmax", "none"))
         check_choice("reduce_segmentation", self.reduce, ("mean", "sum"))
         check_choice("instance_wise_reduce", self.instance_wise_reduce, ("instance", "data"))
-        check_threshold(self.segmentation_threshold)
-        for name in ("num_iterations", "max_cc_out", "min_instance_size"):
-            check_size(name, getattr(self, name))
+        check_threshold("segmentation_threshold", self.segmentation_threshold)
+        check_size("num_iterations", self.num_iterations, "iterations")
+        check_size("max_cc_out", self.max_cc_out, "instances")
+        check_size("min_instance_size", self.min_instance_size)
         if self.spatial_dims not in (2, 3):
             raise ValueError(f"expected spatial_dims to be 2 or 3, got {self.spatial_dims!r}")
-        for name in ("centroid_offset", "mul_too_many", "smoother"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"expected {name} to be a number >= 0, got {getattr(self, name)!r}")
+        check_not_negative(centroid_offset=self.centroid_offset, smoother=self.smoother)
+        if not isinstance(self.mul_too_many, Real) or not self.mul_too_many >= 0:
+            raise ValueError(f"expected mul_too_many to be a number >= 0, got {self.mul_too_many!r}")
         if self.activation == "softmax":
             if not (self.num_out_chn > 1 and 0 <= self.object_chn < self.num_out_chn):
                 raise ValueError(
@@ -181,9 +194,18 @@ class _AuthorsLoss(nn.Module):
                 f"expected outputs [B,{self.num_out_chn},*S] with {self.spatial_dims} spatial axes (num_out_chn, "
                 f"spatial_dims), got {tuple(outputs.shape)}"
             )
+        check_floating("outputs", outputs)
+        check_not_empty("outputs", outputs)
         shape = (outputs.shape[0], 1, *outputs.shape[2:])
         if labels.shape != shape:
             raise ValueError(f"expected labels [B,1,*S] = {shape}, got {tuple(labels.shape)}")
+        if labels.is_complex():
+            raise TypeError(f"expected labels of a real dtype, got {labels.dtype}")
+        if reads_values(outputs):
+            check_binary("labels", labels, "labels > 0 for a mask, cc_label_batch= for instance ids")
+            if self.activation == "none":
+                low, high = (bound.item() for bound in outputs.detach().aminmax())
+                check_probabilities(low, high, "outputs", "set activation='sigmoid', or pass outputs.sigmoid()")
         if ids is None:
             return
         if ids.shape != shape:
@@ -194,6 +216,8 @@ class _AuthorsLoss(nn.Module):
                 "many instances apart"
             )
         ids = ids if ids.is_floating_point() else ids.long()
+        if reads_values(ids):
+            check_id_range("cc_label_batch", ids)
         differs = (ids > 0) != (labels > 0)
         if differs.any():
             raise ValueError(

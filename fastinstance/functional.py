@@ -86,7 +86,7 @@ class Settings:
         check_choice("proximity_reduction", self.proximity_reduction, ("squared", "sum"))
         if not callable(self.weight_by):
             check_choice("weight_by", self.weight_by, ("count", "size"))
-        check_threshold(self.threshold)
+        check_threshold("threshold", self.threshold)
         check_size("min_size", self.min_size)
         check_max_instances(self.max_instances)
         check_process_group(self.process_group)
