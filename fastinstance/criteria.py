@@ -138,6 +138,12 @@ def resolve(loss: object, argument: str) -> SeparableLoss | Criterion:
     return Criterion(loss, argument)
 
 
+_SEEN = {
+    "pixel_loss": "whole images",
+    "center_loss": "a pair of maps for every plane",
+    "loss_function_center": "a pair of maps for every plane",
+}
+"""What a criterion is called on; any other sees a masked image for every instance."""
 _advised: set[str] = set()
 
 
@@ -146,11 +152,14 @@ def advise(criterion: Criterion) -> None:
     if criterion.name in _advised:
         return
     _advised.add(criterion.name)
-    separable = _NAMES.get(criterion.name)
-    faster = f"one of {', '.join(pixel.NAMES)}" if separable is None else repr(separable)
+    argument, separable = criterion.argument, _NAMES.get(criterion.name)
+    if not argument.endswith("_loss"):  # those of `compat` take no names
+        faster = "a pixel loss of fastinstance, such as DiceLoss()"
+    else:
+        faster = f"one of {', '.join(pixel.NAMES)}" if separable is None else repr(separable)
     warnings.warn(
-        f"{criterion.argument}={criterion.name} is called on a masked image for every instance; a separable loss, "
-        f"which needs only sums, is many times faster: {criterion.argument}={faster}",
+        f"{argument}={criterion.name} is called on {_SEEN.get(argument, 'a masked image for every instance')}; a "
+        f"separable loss, which needs only sums, is faster, on a GPU by far: {argument}={faster}",
         UserWarning,
         stacklevel=2,
     )

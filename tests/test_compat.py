@@ -23,7 +23,7 @@ from tests.criteria_cases import CRITERIA, OPTIONS, lovasz
 from tests.lines import lines_executed
 
 EXAMPLES = settings().max_examples
-pytestmark = pytest.mark.filterwarnings("ignore:.*is called on a masked image:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is called on :UserWarning")
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz") if path.stem != "options")

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastinstance
-from fastinstance import criteria, functional, masked, reference
+from fastinstance import compat, criteria, functional, masked, reference
 from fastinstance.pixel import Sums
 from fastinstance.testing import Scene, assert_close, scenes
 from tests.criteria_cases import lovasz
 from tests.lines import lines_executed
 
 EXAMPLES = settings().max_examples
-pytestmark = pytest.mark.filterwarnings("ignore:.*is called on a masked image:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is called on :UserWarning")
 
 SCENE = Scene(
     input=torch.randn(2, 1, 9, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64) - 0.7,
@@ -248,11 +248,21 @@ def test_the_warning_comes_once_and_names_the_separable_loss(
     for _ in range(2):
         fastinstance.InstanceLoss(instance_gt=1, instance_loss=monai.losses.DiceLoss(sigmoid=True))
         fastinstance.InstanceLoss(instance_gt=1, center_loss=lovasz)
-    first, second = (str(warning.message) for warning in recwarn)
-    assert first.startswith("instance_loss=DiceLoss")
+        fastinstance.InstanceLoss(pixel_loss=torch.nn.BCELoss())
+    first, second, third = (str(warning.message) for warning in recwarn)
+    assert first.startswith("instance_loss=DiceLoss is called on a masked image for every instance")
     assert first.endswith("instance_loss='dice'")
-    assert second.startswith("center_loss=lovasz")
+    assert second.startswith("center_loss=lovasz is called on a pair of maps")
     assert "one of dice, ce, dicece" in second
+    assert third.startswith("pixel_loss=BCELoss is called on whole images")
+    assert third.endswith("pixel_loss='ce'")
+
+
+def test_the_drop_ins_name_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(criteria, "_advised", set())
+    y = (SCENE.target[:, :1] > 0).float()
+    with pytest.warns(UserWarning, match=r"^criterion=lovasz is .* masked image .* criterion=a pixel loss of fastinst"):
+        compat.compute_blob_loss_multi(lovasz, y, y)
 
 
 @pytest.mark.filterwarnings("error")
