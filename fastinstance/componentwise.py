@@ -207,12 +207,10 @@ class CCLoss(_ComponentLoss):
         """The loss: a scalar, or `[B, C]` for `reduction="none"`.
 
         Args:
-            input: as `functional.instance_terms`, as are `target`, `target_labels` and `valid_mask`.
-            target: see above.
-            target_labels: see above; the components whose regions are sought.
             target_regions: `[B, C, *S]` integer ids of regions computed once beforehand, 0 = in no region; then neither
                 labels nor distances are computed.
-            valid_mask: see above.
+
+        The other arguments are those of `functional.instance_terms`.
         """
         return self._evaluate(
             (input, target, target_labels, valid_mask),

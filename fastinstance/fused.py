@@ -104,16 +104,7 @@ gradient_op = torch.library.custom_op(
 
 
 @gradient_op.register_fake
-def _(
-    to_found: Tensor | None,
-    to_total: Tensor | None,
-    values: Tensor,
-    valid: Tensor | None,
-    saved: list[Tensor],
-    weights: list[float],
-    given: bool,
-    request: str,
-) -> Tensor:
+def _(to_found: Tensor | None, to_total: Tensor | None, values: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(values)
 
 

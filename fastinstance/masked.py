@@ -1,4 +1,4 @@
-"""Any callable as the loss of an instance: it is called on the masked images of SPEC's equations, many at a time.
+"""Any callable as the loss of an instance: it is called on the masked images of Eqs. 2 and 3, many at a time.
 
 `torch.func.vmap` batches the calls; chunks of rows bound the memory. The backward pass evaluates each chunk again, so
 that nothing but the planes themselves is kept.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fused import no_second_derivative
 from .pixel import Pointwise, cost_of
 
 __all__ = [
@@ -69,9 +70,8 @@ def instance_sums(
 
     Returns:
         One `[planes, 3]` or `[segments, 3]` float64 table per dense request (columns Σ P·G, Σ P^k, Σ v) and one
-        `[rows, columns]`
-        float64 table per table of `instances`. The gradient with respect to `values` is analytic and gathered in one
-        pass; a second derivative raises RuntimeError.
+        `[rows, columns]` float64 table per table of `instances`. The gradient with respect to `values` is analytic and
+        gathered in one pass; a second derivative raises RuntimeError.
     """
     tables = _Sums.apply(values, logits, dense, instances)
     return list(tables[: len(dense)]), list(tables[len(dense) :])
@@ -318,9 +318,4 @@ class OnlyOnce(torch.autograd.Function):
     def forward(ctx: Any, gradient: Tensor, *upstream: Tensor) -> Tensor:
         return gradient
 
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        raise RuntimeError(
-            "fastinstance losses have no second derivative; detach the gradient, or use fastinstance.reference, "
-            "which is slow and differentiable any number of times"
-        )
+    backward = staticmethod(no_second_derivative)

@@ -38,6 +38,7 @@ __all__ = [
     "plane_sum",
     "proximity",
     "proximity_from",
+    "reduce_planes",
     "soft_alone",
 ]
 
@@ -167,7 +168,7 @@ def plane_mean(values: Tensor, side: Side, entries: Tensor) -> Tensor:
 
 
 def average(values: Tensor, side: Side, entries: Tensor, *, average: str, reduction: str) -> Tensor:
-    """Average one value per instance (section 7 of the README's definitions).
+    """Average one value per instance over the batch, or per plane.
 
     Args:
         values: one value per row of `side`, times its weight.

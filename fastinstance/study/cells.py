@@ -134,16 +134,15 @@ def load_subjects(
 
 
 @lru_cache(maxsize=2)
-def _loaded(settings: str, name: str, cache: Path, skip_bad: bool) -> list[Subject]:
+def _loaded(settings: str, cache: Path, skip_bad: bool) -> list[Subject]:
     from fastinstance.study import data as sources
 
-    del name
     return sources.load(json.loads(settings), cache=cache, skip_bad=skip_bad)
 
 
 def subjects_of(data: DataSet, cache: Path, skip_bad: bool) -> list[Subject]:
     """`load_subjects` once in a process for all cells that follow each other."""
-    return _loaded(json.dumps(data.settings, sort_keys=True), data.name, cache, skip_bad)
+    return _loaded(json.dumps(data.settings, sort_keys=True), cache, skip_bad)
 
 
 def run_cell(plan: Plan, cell: Cell, out: Path, skip_bad: bool) -> None:
