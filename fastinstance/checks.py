@@ -232,6 +232,11 @@ def check_images(
         ):
             if wrong:
                 raise ValueError(f"expected at least two channels with {name}, got input {_shape(input)}; leave it out")
+    if softmax and not to_onehot_y and target.shape[1] == 1 and channels - (not include_background) > 1:
+        raise ValueError(
+            f"expected target [B,C,*S] of one mask for each class with softmax=True, got {_shape(target)} for input "
+            f"{_shape(input)}; set to_onehot_y=True for class indices"
+        )
     if to_onehot_y and target.shape[1] != 1:
         raise ValueError(
             f"expected target [B,1,*S] of class indices with to_onehot_y=True, got {_shape(target)}; "

@@ -606,7 +606,8 @@ def instance_terms(
     Args:
         input: `[B, C, H, W]` or `[B, C, D, H, W]`, float16, bfloat16, float32 or float64. Logits with `sigmoid` or
             `softmax`, anything with `other_act`, else probabilities. Each class of each image is a plane of its own.
-        target: `[B, C, *S]` or `[B, 1, *S]`, binary of any dtype; class indices `[B, 1, *S]` with `to_onehot_y`.
+        target: `[B, C, *S]`, binary of any dtype; `[B, 1, *S]` is one mask for all channels (with `softmax` there must
+            be one class besides the background that is dropped), or with `to_onehot_y` class indices.
         pixel_loss: of the whole image (`seg`): a name ("dice", "ce", "dicece", "generalized_dice", "focal", "gdf",
             "tversky", "inverse_weighted_dice"), a pixel loss of this library, or any callable `(P, G) -> scalar`. P are
             probabilities, G 0 or 1, `[B, C, *S]` (`[1, 1, *S]` for each plane on its own if `reduction` is not

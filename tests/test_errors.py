@@ -72,6 +72,11 @@ TENSORS: dict[str, Row] = {
         ValueError,
         ["target", "to_onehot_y=True"],
     ),
+    "class indices without to_onehot_y": (
+        {"softmax": True, "sigmoid": False, "target": INDICES.bool()},
+        ValueError,
+        ["target [B,C,*S]", "softmax=True", "(2, 1, 4, 5)", "to_onehot_y=True"],
+    ),
     "one-hot target with to_onehot_y": (
         {"to_onehot_y": True},
         ValueError,

@@ -100,7 +100,7 @@ def cases(draw: st.DrawFn, *, blob: bool = False, dtypes: tuple[torch.dtype, ...
         if form == "one_hot":
             scene = class_indices(scene)
             options["to_onehot_y"] = True
-        elif form == "shared":
+        elif form == "shared" and ("softmax" not in options or channels - (not options["include_background"]) == 1):
             scene = shared_target(scene)
     if scene.valid_mask is not None and draw(st.booleans()):
         scene = dataclasses.replace(scene, input=torch.where(scene.valid_mask, scene.input, float("nan")))
