@@ -33,6 +33,7 @@ __all__ = [
     "check_size",
     "check_threshold",
     "check_values",
+    "comparable",
     "debug_checks",
     "reads_values",
 ]
@@ -184,7 +185,7 @@ def check_mask_values(name: str, mask: Tensor, labels: Tensor | None) -> None:
 
 
 def check_id_range(name: str, labels: Tensor) -> None:
-    low, high = (bound.item() for bound in _comparable(labels).aminmax())
+    low, high = (bound.item() for bound in comparable(labels).aminmax())
     if low < 0 or high > MAX_ID:
         raise ValueError(
             f"expected {name} between 0 and {MAX_ID}, got values from {low} to {high}; "
@@ -253,7 +254,8 @@ def check_images(
             )
 
 
-def _comparable(tensor: Tensor) -> Tensor:
+def comparable(tensor: Tensor) -> Tensor:
+    """The tensor in a dtype in which torch can compare it with numbers."""
     return tensor.long() if tensor.dtype in _WIDE_UNSIGNED else tensor
 
 
@@ -261,7 +263,7 @@ def _not_binary(tensor: Tensor) -> bool:
     if tensor.dtype == torch.bool:
         return False
     if not tensor.is_floating_point():
-        low, high = _comparable(tensor).aminmax()
+        low, high = comparable(tensor).aminmax()
         return bool((low < 0) | (high > 1))
     for piece in tensor.reshape(-1).split(_PIECE):  # the temporaries stay in cache
         low, high = torch.addcmul(piece, piece, piece, value=-1).aminmax()  # x - x² is 0 for 0 and 1 only
@@ -283,6 +285,7 @@ def check_values(
     if valid_mask is not None:
         check_binary("valid_mask", valid_mask, "mask > 0")
     if to_onehot_y:
+        target = comparable(target)
         low, high = (bound.item() for bound in target.aminmax())
         if not (low >= 0 and high < channels and bool((target == target.long()).all())):
             raise ValueError(

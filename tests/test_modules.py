@@ -482,3 +482,15 @@ def test_check_loss_on_softmax_channels(name: str) -> None:
         skip=("perfect",),  # a target that is not one-hot has no perfect prediction
         examples=max(4, EXAMPLES // 25),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float32])
+def test_class_indices_of_any_dtype(dtype: torch.dtype) -> None:
+    logits = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    classes = logits.argmax(1, keepdim=True).roll(1, -1)
+    labels = torch.stack([classes[:, 0] == number for number in range(3)], 1).long()
+    loss = fastinstance.ICILoss(softmax=True, to_onehot_y=True)
+    found = loss(logits, classes.to(dtype), target_labels=labels.to(torch.int32))
+    assert torch.equal(found, loss(logits, classes, target_labels=labels))
+    with pytest.raises(ValueError, match="expected target to hold class indices 0 to 2"):
+        loss(logits, (classes + 1).to(dtype))
