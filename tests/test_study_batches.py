@@ -273,13 +273,13 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
 def test_predictions_are_those_of_the_network():
     network = build_network(UNetConfig(channels=(4, 8), dropout=0.5), 2)
     subject = scan(0, 5, size=(30, 22), channels=2)
-    found = predict(network, subject, batch=2)
+    found = predict(network, subject.image, batch=2)
     network.eval()
     with torch.no_grad():
         expected = torch.cat([network(subject.image[:, z][None]) for z in range(5)])[:, 0].sigmoid()
     assert found.dtype == torch.float32
     assert_close(found, expected, atol=1e-6)
-    assert_close(predict(network, subject, precision="bf16"), expected, atol=0.05)
+    assert_close(predict(network, subject.image, precision="bf16"), expected, atol=0.05)
 
 
 def literal(subject: Subject, predicted: NDArray[np.bool_], min_size: int) -> dict[str, float]:

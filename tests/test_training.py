@@ -99,7 +99,7 @@ def test_a_network_learns(tmp_path: Path):
     assert result.finished
     assert result.best["dice"] > 0.55
     assert result.best["f1"] > 0.45
-    untrained = [predict(training.build_network(settings.network, 1).eval(), one) for one in VALIDATION]
+    untrained = [predict(training.build_network(settings.network, 1).eval(), one.image) for one in VALIDATION]
     assert mean_scores(map(scores, VALIDATION, untrained))["dice"] < 0.3
 
 
@@ -122,7 +122,7 @@ def test_what_a_run_leaves(whole: Whole):
     state = load_checkpoint(result.out / "best.pt")
     assert state["epoch"] == result.best_epoch
     network = load_network(result.out)
-    again = mean_scores(scores(one, predict(network, one)) for one in VALIDATION)
+    again = mean_scores(scores(one, predict(network, one.image)) for one in VALIDATION)
     assert again == pytest.approx(result.best, nan_ok=True)
     last = [load_network(result.out, "last"), load_checkpoint(result.out / "last.pt")["network"]]
     assert all(torch.equal(value, last[1][name]) for name, value in last[0].network.state_dict().items())
@@ -582,5 +582,5 @@ def test_two_processes_are_one_with_all_of_every_batch(tmp_path: Path):
         assert mine == pytest.approx(theirs, rel=1e-4, nan_ok=True)
     alone, shared = (load_network(tmp_path / name, "last") for name in ("one", "two"))
     for subject in VALIDATION:
-        assert_close(predict(shared, subject), predict(alone, subject), atol=2e-3)
+        assert_close(predict(shared, subject.image), predict(alone, subject.image), atol=2e-3)
     assert many(tmp_path / "two").finished  # one process reads what two have written

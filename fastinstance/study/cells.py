@@ -181,7 +181,7 @@ def run_cell(plan: Plan, cell: Cell, out: Path, skip_bad: bool) -> None:
     network = load_network(folder / "run", "best", device=resolve_device(config.training.device))
 
     def probability(subject: Subject) -> Tensor:
-        return predict(network, subject, precision=config.training.precision)
+        return predict(network, subject.image, precision=config.training.precision)
 
     tuned = tuned_threshold(parts.validation, [probability(one) for one in parts.validation], data.evaluation)
     probabilities = [probability(one) for one in parts.test]

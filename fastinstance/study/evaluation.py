@@ -19,12 +19,12 @@ __all__ = ["PRECISIONS", "mean_scores", "numbered", "predict", "scores", "slice_
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def predict(network: nn.Module, subject: Subject, *, batch: int = 8, precision: str = "float32") -> Tensor:
-    """Probabilities of every pixel of a subject.
+def predict(network: nn.Module, image: Tensor, *, batch: int = 8, precision: str = "float32") -> Tensor:
+    """Probabilities of every pixel of an image.
 
     Args:
         network: from `load_network`; it stays on its device, in evaluation mode.
-        subject: of any size, with the channels of the training.
+        image: `[C, Z, Y, X]` of any size, as `Subject.image`: the channels of the training, mean 0 and variance 1 each.
         batch: slices at a time.
         precision: "float32", "bf16" or "fp16" (autocast).
 
@@ -36,7 +36,7 @@ def predict(network: nn.Module, subject: Subject, *, batch: int = 8, precision: 
     network.eval()
     parts = []
     with torch.inference_mode(), torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        for slices in subject.image.transpose(0, 1).split(batch):
+        for slices in image.transpose(0, 1).split(batch):
             logits = network(slices.to(device, non_blocking=True))
             parts.append(logits[:, 0].float().sigmoid().cpu())
     return torch.cat(parts)

@@ -605,7 +605,7 @@ class _Run:
         mine = [
             scores(
                 subject,
-                predict(self.network, subject, batch=self.batches.size, precision=settings.precision),
+                predict(self.network, subject.image, batch=self.batches.size, precision=settings.precision),
                 min_size=settings.min_size,
             )
             for subject in self.validation[self.ranks.rank :: self.ranks.count]
