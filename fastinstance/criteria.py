@@ -144,22 +144,25 @@ _SEEN = {
     "loss_function_center": "a pair of maps for every plane",
 }
 """What a criterion is called on; any other sees a masked image for every instance."""
-_advised: set[str] = set()
+_advised: set[tuple[str, str]] = set()
 
 
 def advise(criterion: Criterion) -> None:
-    """Say once for each kind of criterion which separable loss is faster."""
-    if criterion.name in _advised:
-        return
-    _advised.add(criterion.name)
-    argument, separable = criterion.argument, _NAMES.get(criterion.name)
-    if not argument.endswith("_loss"):  # those of `compat` take no names
-        faster = "a pixel loss of fastinstance, such as DiceLoss()"
-    else:
+    """Say once for each kind of criterion which separable loss is faster, and if it takes probabilities for logits."""
+    argument, sees = criterion.argument, _SEEN.get(criterion.argument, "a masked image for every instance")
+    faster = "a pixel loss of fastinstance, such as DiceLoss()"
+    if argument.endswith("_loss"):  # what is an argument of `compat` sees what the original saw, and may be no name
+        for activation in ("sigmoid", "softmax"):
+            if getattr(criterion.function, activation, False) is True:
+                sees += f", whose probabilities it takes for logits ({activation}=True)"
+        separable = _NAMES.get(criterion.name)
         faster = f"one of {', '.join(pixel.NAMES)}" if separable is None else repr(separable)
+    if (criterion.name, sees) in _advised:
+        return
+    _advised.add((criterion.name, sees))
     warnings.warn(
-        f"{argument}={criterion.name} is called on {_SEEN.get(argument, 'a masked image for every instance')}; a "
-        f"separable loss, which needs only sums, is faster, on a GPU by far: {argument}={faster}",
+        f"{argument}={criterion.name} is called on {sees}; a separable loss, which needs only sums, is faster, on a "
+        f"GPU by far: {argument}={faster}",
         UserWarning,
         stacklevel=2,
     )

@@ -250,7 +250,10 @@ def test_the_warning_comes_once_and_names_the_separable_loss(
         fastinstance.InstanceLoss(instance_gt=1, center_loss=lovasz)
         fastinstance.InstanceLoss(pixel_loss=torch.nn.BCELoss())
     first, second, third = (str(warning.message) for warning in recwarn)
-    assert first.startswith("instance_loss=DiceLoss is called on a masked image for every instance")
+    assert first.startswith(
+        "instance_loss=DiceLoss is called on a masked image for every instance, whose probabilities it takes for "
+        "logits (sigmoid=True); "
+    )
     assert first.endswith("instance_loss='dice'")
     assert second.startswith("center_loss=lovasz is called on a pair of maps")
     assert "one of dice, ce, dicece" in second
