@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fastinstance.files import replacing
 from fastinstance.metrics import VOLUME_EDGES, VOLUME_SUMS
 from fastinstance.overlay import FALSE, FOUND, MISSED, colour, paint
-from fastinstance.study.outcomes import OUTCOMES, compare, mean_curves
+from fastinstance.study.outcomes import OUTCOMES, compare, mean_curves, ratio
 from fastinstance.study.results import Results
 from fastinstance.study.statistics import bootstrap_mean
 
@@ -85,10 +85,6 @@ def _losses(results: Results, data: str) -> list[str]:
     return [loss for loss in results.losses if any(True for _ in results.of(data, loss))]
 
 
-def _ratio(numerator: Values, denominator: Values) -> Values:
-    return np.divide(numerator, denominator, out=np.full(len(numerator), np.nan), where=denominator > 0)
-
-
 def _size_axis(axes: Axes, used: Sequence[int]) -> None:
     axes.set_xticks(range(len(used)), [GROUPS[group] for group in used], rotation=60, ha="right", fontsize=8)
     axes.set_xlabel("volume of the instance (mL)")
@@ -124,8 +120,8 @@ def found_by_size(results: Results, path: Path) -> None:
         losses = _losses(results, data)
         there = _sums(results, data, losses[0])["n_target"] > 0 if losses else np.zeros(len(GROUPS), bool)
         used = [int(group) for group in np.flatnonzero(there)]
-        _lines(results, row[0], data, lambda sums: _ratio(sums["found"], sums["n_target"]), used)
-        _lines(results, row[1], data, lambda sums: _ratio(sums["dice"], sums["n_target"]), used)
+        _lines(results, row[0], data, lambda sums: ratio(sums["found"], sums["n_target"]), used)
+        _lines(results, row[1], data, lambda sums: ratio(sums["dice"], sums["n_target"]), used)
         row[0].set_ylabel("sensitivity")
         row[1].set_ylabel("mean Dice with what overlaps (missed: 0)")
         for axes in row:
@@ -151,7 +147,7 @@ def false_by_size(results: Results, path: Path) -> None:
             return (sums["n_pred"] - sums["hit"]) / subjects
 
         _lines(results, row[0], data, false, used)
-        _lines(results, row[1], data, lambda sums: _ratio(sums["n_pred"] - sums["hit"], sums["n_pred"]), used)
+        _lines(results, row[1], data, lambda sums: ratio(sums["n_pred"] - sums["hit"], sums["n_pred"]), used)
         row[0].set_ylabel("false instances a subject")
         row[0].set_yscale("symlog", linthresh=1)
         row[0].set_ylim(bottom=0)

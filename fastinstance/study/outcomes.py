@@ -13,7 +13,7 @@ from fastinstance.study.measure import THRESHOLDS
 from fastinstance.study.results import Results, mean_by_subject, numbers
 from fastinstance.study.statistics import Interval, bootstrap_mean, holm, wilcoxon_signed_rank
 
-__all__ = ["OUTCOMES", "Comparison", "collapses", "compare", "mean_curves", "outcome", "precision_position"]
+__all__ = ["OUTCOMES", "Comparison", "collapses", "compare", "mean_curves", "outcome", "precision_position", "ratio"]
 
 Values = NDArray[np.float64]
 Subjects = dict[tuple[str, str], float]  # by person and subject
@@ -30,7 +30,8 @@ OUTCOMES = {
 """The first is the primary outcome; of the last less is better."""
 
 
-def _ratio(numerator: Any, denominator: Any, otherwise: float) -> Values:
+def ratio(numerator: Any, denominator: Any, otherwise: float = np.nan) -> Values:
+    """`otherwise` where the denominator is 0."""
     top, bottom = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
     return np.divide(top, bottom, out=np.full(np.broadcast(top, bottom).shape, otherwise), where=bottom > 0)
 
@@ -38,12 +39,12 @@ def _ratio(numerator: Any, denominator: Any, otherwise: float) -> Values:
 def _small_sensitivity(cell: Mapping[str, Any]) -> Values:
     """[subjects, thresholds]; NaN for a subject without small instances."""
     curve = cell["curve"]
-    return _ratio(curve["found_small"], np.array(curve["small"])[:, None], np.nan)
+    return ratio(curve["found_small"], np.array(curve["small"])[:, None])
 
 
 def _precision(cell: Mapping[str, Any]) -> Values:
     """[thresholds], the mean over the subjects; 0 where nothing is predicted, as in the tables."""
-    return _ratio(cell["curve"]["hit"], cell["curve"]["n_pred"], 0.0).mean(0)
+    return ratio(cell["curve"]["hit"], cell["curve"]["n_pred"], 0.0).mean(0)
 
 
 def mean_curves(cell: Mapping[str, Any]) -> tuple[Values, Values]:

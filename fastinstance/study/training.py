@@ -10,7 +10,6 @@ import csv
 import io
 import math
 import os
-import signal
 import threading
 import time
 import tomllib
@@ -42,6 +41,7 @@ from fastinstance.study.config import (
 from fastinstance.study.evaluation import PRECISIONS, mean_scores, predict, scores
 from fastinstance.study.networks import SliceNetwork, build_network
 from fastinstance.study.subjects import StudyError, Subject
+from fastinstance.study.workers import sigterm
 
 __all__ = ["DivergedError", "Ranks", "Step", "TrainingResult", "check_run", "load_network", "predict", "train"]
 
@@ -156,26 +156,6 @@ def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
     rise = round(config.rate_warm_up * steps)
     rate = config.learning_rate * min(1.0, (step + 1) / rise if rise else 1.0)
     return rate * 0.5 * (1 + math.cos(math.pi * step / steps)) if config.schedule == "cosine" else rate
-
-
-class _Termination:
-    """Whether SIGTERM has come; outside of the main thread it is not listened to."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> _Termination:
-        self.listening = threading.current_thread() is threading.main_thread()
-        if self.listening:
-            self.before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.listening:
-            signal.signal(signal.SIGTERM, self.before)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
 
 
 @contextmanager
@@ -380,7 +360,7 @@ def train(
         stack.enter_context(_surroundings(config.training, device))
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
-        termination = stack.enter_context(_Termination())
+        termination = stack.enter_context(sigterm())
         run = _Run(config, train, validation, out, device, ranks, termination)
         return run.go_on(stack, progress)
 
@@ -396,7 +376,7 @@ class _Run:
         out: Path,
         device: torch.device,
         ranks: Ranks,
-        termination: _Termination,
+        termination: threading.Event,
     ) -> None:
         self.config, self.settings, self.device, self.ranks = config, config.training, device, ranks
         self.validation, self.termination = validation, termination
@@ -524,7 +504,7 @@ class _Run:
             loss = self.pixel_loss if self.step < self.warm_up else self.loss
             self._seed_dropout()
             found = take(loss, batch)
-            stop = torch.full_like(found[:1], self.termination.asked)
+            stop = torch.full_like(found[:1], self.termination.is_set())
             scale = torch.ones_like(stop) if self.scaler is None else self.scaler.scale(torch.ones_like(stop))
             value, norm, stopping, scale = self.ranks.mean(torch.cat([found, stop, scale]))
             if not math.isfinite(value + norm) or scale < LEAST_SCALE:

@@ -17,7 +17,7 @@ from typing import Any
 
 from fastinstance.study.subjects import StudyError
 
-__all__ = ["Outcome", "Stopped", "Task", "work"]
+__all__ = ["Outcome", "Stopped", "Task", "sigterm", "work"]
 
 _GLANCE = 0.5  # seconds between two looks whether SIGTERM has come
 _PATIENCE = 60.0  # seconds that a process has to save what it does when it is asked to stop
@@ -57,7 +57,7 @@ def work(tasks: Sequence[Task], jobs: int, devices: Sequence[str] = ()) -> Gener
     """
     waiting = list(reversed(tasks))
     workers: list[_Worker] = []
-    with _sigterm() as asked:
+    with sigterm() as asked:
         try:
             for number in range(min(jobs, len(tasks))):
                 workers.append(_Worker(devices[number % len(devices)] if devices else None))
@@ -86,7 +86,7 @@ def work(tasks: Sequence[Task], jobs: int, devices: Sequence[str] = ()) -> Gener
 
 
 @contextmanager
-def _sigterm() -> Iterator[threading.Event]:
+def sigterm() -> Iterator[threading.Event]:
     """Whether SIGTERM has come; outside of the main thread it is not listened to."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
