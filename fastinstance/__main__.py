@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; each sets `run`, which takes the parsed arguments and gives the exit code."""
     parser = _Parser(
-        prog="python -m fastinstance", description="Instance-level segmentation losses and metrics.", allow_abbrev=False
+        prog="fastinstance", description="Instance-level segmentation losses and metrics.", allow_abbrev=False
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo = commands.add_parser(
