@@ -151,13 +151,19 @@ def _read_table(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark in front
-            return list(csv.DictReader(file))
+            rows: list[dict[Any, str]] = list(csv.DictReader(file, restval=""))
     except (UnicodeDecodeError, csv.Error) as error:
         raise FileError(f"{path}: not a CSV file ({error})") from error
+    for number, row in enumerate(rows, start=1):
+        if None in row:
+            raise FileError(
+                f"{path}: expected {len(row) - 1} cells in a row, as in the first, got more in row {number}"
+            )
+    return rows
 
 
 def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as part, part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -295,8 +301,8 @@ def _methods(tables: Sequence[str]) -> dict[str, dict[str, float]]:
             raise FileError(f"{path}: no rows")
         if "method" in rows[0]:
             found = {row["method"]: [row] for row in rows}
-            if len(found) < len(rows):
-                raise FileError(f"{path}: expected one row for each method")
+            if len(found) < len(rows) or "" in found:
+                raise FileError(f"{path}: expected one row for each method, and its name in each")
         else:
             found = {given if path != Path(table) else path.stem: rows}
         for method, mine in found.items():
@@ -317,10 +323,12 @@ def _means(path: Path, rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
         if column not in rows[0]:
             continue
         try:
-            values = [float(row[column]) for row in rows if row[column] not in ("", None)]
+            values = [float(row[column]) for row in rows if row[column]]
         except ValueError as error:
             raise FileError(f"{path}: {column}: {error}") from error
         values = [value for value in values if not math.isnan(value)]
+        if any(map(math.isinf, values)):
+            raise FileError(f"{path}: {column}: expected finite numbers, got an infinite one")
         if values:
             means[name] = math.fsum(values) / len(values)
     if not means:
@@ -490,8 +498,11 @@ def overlay(arguments: argparse.Namespace) -> int:
     require_writable(arguments.out)
     pred, target = (integers(volume) != 0 for volume in volumes)
     spacing = spacing_of([image, *volumes], arguments.spacing)
-    picture = paint(image.data, pred, target, connectivity=arguments.connectivity, min_size=arguments.min_size)
-    draw(arguments.out, picture, spacing=spacing, affine=image.affine)
+    try:
+        picture = paint(image.data, pred, target, connectivity=arguments.connectivity, min_size=arguments.min_size)
+        draw(arguments.out, picture, spacing=spacing, affine=image.affine)
+    except ValueError as error:  # a connectivity for other images, or a header with impossible sizes
+        raise FileError(f"{arguments.image}: {error}") from error
     counts = {"found": picture.found, "missed": picture.missed, "false": picture.false}
     if arguments.json:
         _print_json({**counts, "picture": arguments.out})

@@ -71,7 +71,7 @@ class _Panel(NamedTuple):
 def _panels(picture: Painted, spacing: Sequence[float], affine: NDArray[np.float64] | None) -> list[_Panel]:
     image, layer, size = picture.image.astype(np.float64), picture.layer, list(spacing)
     image[~np.isfinite(image)] = 0
-    if affine is None:
+    if affine is None or not np.isfinite(affine).all() or np.linalg.det(affine) == 0:
         if image.ndim == 2:
             return [_panel("", image, layer, size[0], size[1])]
         rows, columns = (1, 0, 0), (2, 2, 1)

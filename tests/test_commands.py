@@ -354,6 +354,30 @@ def test_tables_of_spreadsheets_and_repeated_labels(
     assert len(json.loads(capsys.readouterr().out)["rows"]) == 3
 
 
+def test_names_that_are_no_text_do_not_cost_the_table(folders: tuple[Path, Path]) -> None:
+    for folder in folders:
+        (folder / "case_0.nii.gz").rename(folder / os.fsdecode(b"case_\xff.nii.gz"))
+    table = folders[0].parent / "table.csv"
+    assert run("evaluate", *folders, "--out", table, "--quiet") == 0
+    assert [row["name"] for row in rows_of(table)] == ["case_1", "case_2", r"case_\udcff"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("name,dsc\na,0.5\nb,0,5\n", "expected 2 cells in a row, as in the first, got more in row 2"),
+        ("name,dsc\na,inf\n", "dsc: expected finite numbers, got an infinite one"),
+        ("dsc,method\n0.5\n0.4,b\n", "expected one row for each method, and its name in each"),
+    ],
+)
+def test_damaged_tables_give_one_line(
+    content: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "table.csv").write_text(content)
+    assert run("rank", tmp_path / "table.csv") == 1
+    assert words in only_line(capsys.readouterr().err)
+
+
 def test_ensemble_of_folders(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     small, large = folders
     out = small.parent / "out"
@@ -469,6 +493,26 @@ def test_overlay_of_lines_and_points(shape: tuple[int, ...], tmp_path: Path) -> 
     mask = save(tmp_path / "mask.nii.gz", np.ones(shape, np.uint8))
     assert run("overlay", mask, mask, mask, "--out", tmp_path / "picture.png") == 0
     assert (tmp_path / "picture.png").exists()
+
+
+@pytest.mark.parametrize("number", [0.0, np.nan])
+def test_overlay_of_a_volume_without_a_place(number: float, tmp_path: Path) -> None:
+    """Headers with a matrix that says nothing are not rare; the axes are then those of the file."""
+    mask, data = tmp_path / "mask.nii", draw_mask(0)
+    content = bytearray(nibabel.Nifti1Image(data, np.eye(4)).to_bytes())
+    content[280:328] = np.full(12, number, np.float32).tobytes()  # srow_x, srow_y, srow_z
+    content[254:256] = np.int16(1).tobytes()  # sform_code
+    mask.write_bytes(content)
+    assert run("overlay", mask, mask, mask, "--out", tmp_path / "picture.png") == 0
+    plain = save(tmp_path / "mask.npy", data)
+    assert run("overlay", plain, plain, plain, "--out", tmp_path / "plain.png") == 0
+    assert (tmp_path / "picture.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
+def test_overlay_says_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mask = save(tmp_path / "mask.npy", draw_mask(0))
+    assert run("overlay", mask, mask, mask, "--out", tmp_path / "picture.png", "--connectivity", 8) == 1
+    assert "expected connectivity in (6, 18, 26)" in only_line(capsys.readouterr().err)
 
 
 def test_errors_are_drawn_over_what_was_found() -> None:
