@@ -99,7 +99,8 @@ def to_planes(
     elif softmax:
         values, least = _one_against_rest(wide), threshold
     else:
-        values, least = wide if other_act is None else activate(other_act, wide), threshold
+        # An activation may come back in half precision, as under autocast, in which nothing is summed.
+        values, least = wide if other_act is None else activate(other_act, wide).to(wide.dtype), threshold
     marked = wide.detach() if softmax else values.detach()
 
     if target_labels is not None:

@@ -349,6 +349,20 @@ def test_half_precision_does_not_overflow(dtype: torch.dtype) -> None:
     assert gradient_of(sum(terms), input).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["ICILoss", "CCLoss"])
+def test_an_activation_of_another_dtype(name: str, dtype: torch.dtype) -> None:
+    """Only its probabilities are rounded: sums, and the result, are as wide as those of the input."""
+    input, target = example(2, 1, 30, 40)
+    expected = getattr(fastinstance, name)()(input.sigmoid().to(dtype).float(), target)
+    leaf = input.clone().requires_grad_()
+    value = getattr(fastinstance, name)(other_act=lambda x: x.sigmoid().to(dtype))(leaf, target)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert_close(value, expected)
+    assert leaf.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", LOSSES)
 def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
