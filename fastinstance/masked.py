@@ -140,7 +140,8 @@ def row_values(
 
 def image_value(P: Tensor, G: Tensor, criterion: Criterion) -> Tensor:
     """The criterion on whole images `[B, C, *S]`, as one call; a scalar."""
-    value = checked(criterion, criterion.function(P, G.to(P.dtype)), tuple(P.shape))
+    # It gets a copy: a loss that clamps P in place would change the other terms, or the caller's probabilities.
+    value = checked(criterion, criterion.function(P.clone(), G.to(P.dtype)), tuple(P.shape))
     return value + 0 * P.flatten()[0]  # connected, whatever the criterion does
 
 

@@ -151,6 +151,18 @@ def test_the_pixel_term_sees_all_images_at_once() -> None:
     assert seen == [((2, 2, 9, 10), (2, 2, 9, 10), torch.float32, torch.float32)]
 
 
+def test_a_loss_that_writes_into_its_images_changes_nothing_else() -> None:
+    def clamped(P: Tensor, G: Tensor) -> Tensor:
+        return -(G * P.clamp_(0.3, 0.7).log()).mean()
+
+    p = SCENE.input.sigmoid()
+    before = p.clone()
+    terms = functional.instance_terms(p, SCENE.target, pixel_loss=clamped, instance_loss=spelt_out_dice)
+    plain = functional.instance_terms(before, SCENE.target, instance_loss=spelt_out_dice)
+    assert torch.equal(p, before)
+    assert torch.equal(terms.instance_gt, plain.instance_gt)
+
+
 def test_a_module_trains_with_any_callable() -> None:
     logits = SCENE.leaf()
     loss = fastinstance.InstanceLoss(seg=1, instance_gt=1, sigmoid=True, pixel_loss=lovasz, instance_loss=lovasz)
