@@ -255,7 +255,7 @@ def check_images(
 
 
 def comparable(tensor: Tensor) -> Tensor:
-    """The tensor in a dtype in which torch can compare it with numbers."""
+    """A mask or ids in a dtype that torch can compare, index and multiply."""
     return tensor.long() if tensor.dtype in _WIDE_UNSIGNED else tensor
 
 

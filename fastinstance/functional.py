@@ -31,6 +31,7 @@ from .checks import (
     check_size,
     check_threshold,
     check_values,
+    comparable,
     reads_values,
 )
 from .components import foreground, label_planes
@@ -169,8 +170,8 @@ class Call:
             to_onehot_y=settings.to_onehot_y,
             softmax=settings.softmax,
         )
-        labels, valid = (None if image is None else _plain(image) for image in (target_labels, valid_mask))
-        self.images = _plain(input), _plain(target), labels, valid
+        labels, valid = (None if image is None else comparable(_plain(image)) for image in (target_labels, valid_mask))
+        self.images = _plain(input), comparable(_plain(target)), labels, valid
         self.connectivity, self.center_size, self.spacing = settings.for_axes(input.ndim - 2)
         if reads_values(target):
             check_values(*self.images[1:], channels=input.shape[1], to_onehot_y=settings.to_onehot_y)

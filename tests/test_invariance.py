@@ -18,6 +18,7 @@ from fastinstance.testing import FLOATS, LAYOUTS, Scene, assert_close, scenes
 
 EXAMPLES = settings().max_examples
 DOUBLE = (torch.float64,)
+UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 # Neither a flip nor another order of ids moves these. The centre map rounds half pixels up, gives shared pixels to
 # the smallest id, and the artificial box of an even side is not in the middle.
 SYMMETRIC = ("seg", "instance_gt", "instance_pred", "false_gt", "false_pred")
@@ -191,7 +192,7 @@ def test_memory_layout(scene: Scene) -> None:
 @given(scenes(target_dtypes=(torch.bool,), labels=True, valid=True))
 def test_dtypes_of_target_labels_and_mask(scene: Scene) -> None:
     expected = result(scene)
-    for dtype in (*FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+    for dtype in (*FLOATS, *UNSIGNED, torch.int8, torch.int16, torch.int32, torch.int64):
         other = dataclasses.replace(scene, target=scene.target.to(dtype))
         if scene.valid_mask is not None:
             other = dataclasses.replace(other, valid_mask=scene.valid_mask.to(dtype))
@@ -200,6 +201,14 @@ def test_dtypes_of_target_labels_and_mask(scene: Scene) -> None:
             if scene.target_labels.long().max() <= room:
                 other = dataclasses.replace(other, target_labels=scene.target_labels.to(dtype))
         assert_close(result(other), expected, rtol=0.0, atol=0.0, name=str(dtype))
+
+
+@pytest.mark.parametrize("dtype", [*UNSIGNED, torch.int8, torch.bfloat16])
+def test_dtypes_of_class_indices(dtype: torch.dtype) -> None:
+    input, classes = torch.randn(2, 3, 6, 5), torch.randint(3, (2, 1, 6, 5))
+    options = {"softmax": True, "to_onehot_y": True}
+    expected = functional.instance_terms(input, classes, **options)
+    assert_close(functional.instance_terms(input, classes.to(dtype), **options), expected, rtol=0.0, atol=0.0)
 
 
 @settings(max_examples=EXAMPLES // 3)
