@@ -185,6 +185,7 @@ def check_mask_values(name: str, mask: Tensor, labels: Tensor | None) -> None:
 
 
 def check_id_range(name: str, labels: Tensor) -> None:
+    """Ids that fit int32, none negative."""
     low, high = (bound.item() for bound in comparable(labels).aminmax())
     if low < 0 or high > MAX_ID:
         raise ValueError(

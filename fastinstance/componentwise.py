@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import terms as tm
+from .checks import check_id_range, comparable, reads_values
 from .components import foreground, label_planes
 from .criteria import resolve
 from .functional import Call, Images, Local, Scene, Settings, drop_small_ids, on_kernels, over_ranks
@@ -231,7 +232,7 @@ class CCLoss(_ComponentLoss):
         input = call.images[0]
         _check_regions(input, regions)
         first = 0 if self.settings.include_background else 1
-        return regions[:, first:].reshape(-1, *input.shape[2:])
+        return comparable(regions[:, first:]).reshape(-1, *input.shape[2:])
 
     def _in_torch(self, scene: Scene, regions: Tensor | None = None) -> dict[str, _Mean]:
         planes, loss = scene.planes, self._loss
@@ -263,7 +264,7 @@ class CCLoss(_ComponentLoss):
 
 
 def _check_regions(input: Tensor, regions: Tensor) -> None:
-    """Shape, dtype and device of given regions."""
+    """Shape, dtype, device and range of given regions."""
     if not isinstance(regions, Tensor):
         raise TypeError(f"expected target_regions to be a tensor, got {type(regions).__name__}")
     if regions.shape != input.shape:
@@ -276,6 +277,8 @@ def _check_regions(input: Tensor, regions: Tensor) -> None:
         raise ValueError(
             f"expected target_regions on the device of input, {input.device}, got {regions.device}; move one of them"
         )
+    if reads_values(regions):
+        check_id_range("target_regions", regions)
 
 
 def _runs(flat: Tensor, pixels: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backend import backend_for
-from .checks import check_per_axis, reads_values
+from .checks import check_per_axis, comparable, reads_values
 
 __all__ = ["nearest_component", "voronoi"]
 
@@ -39,8 +39,8 @@ def voronoi(labels: Tensor, spacing: float | Sequence[float] | None = None) -> T
         raise TypeError(f"expected labels of an integer dtype, got {labels.dtype}; fastinstance.label(mask) makes them")
     if labels.ndim not in (4, 5):
         raise ValueError(f"expected labels [B,C,H,W] or [B,C,D,H,W], got {tuple(labels.shape)}; add the missing axes")
-    if reads_values(labels) and labels.numel() and labels.min() < 0:
-        raise ValueError(f"expected labels >= 0, got {int(labels.min())}; 0 is background")
+    if reads_values(labels) and labels.numel() and (least := int(comparable(labels).min())) < 0:
+        raise ValueError(f"expected labels >= 0, got {least}; 0 is background")
     per_axis = check_per_axis("spacing", 1.0 if spacing is None else spacing, labels.ndim - 2, integer=False)
     return nearest_component(labels.flatten(0, 1), per_axis).view(labels.shape)
 

@@ -160,6 +160,11 @@ def test_cc_loss_takes_regions_as_labels() -> None:
     regions = fastinstance.voronoi(fastinstance.label(target)[0])
     loss = fastinstance.CCLoss(sigmoid=True)
     assert torch.equal(loss(logits, target), loss(logits, target, target_regions=regions))
+    valid = {"valid_mask": torch.rand(target.shape) > 0.3}
+    expected = loss(logits, target, target_regions=regions, **valid)
+    for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.uint64):
+        assert torch.equal(loss(logits, target, target_regions=regions.to(dtype), **valid), expected)
+        assert torch.equal(fastinstance.voronoi(regions.to(dtype)), regions.to(dtype))
     one = fastinstance.DiceCELoss(sigmoid=True)(logits, target)
     assert_close(loss(logits, target, target_regions=torch.ones_like(regions)), one)
 
@@ -185,6 +190,8 @@ def test_large_segments() -> None:
         (torch.ones(1, 1, 2, 2), TypeError, "expected target_regions of an integer dtype, got torch.float32"),
         (torch.ones(1, 2, 2, dtype=torch.int32), ValueError, r"expected target_regions \[B,C,\*S\] = \(1, 1, 2, 2\)"),
         (torch.ones(1, 1, 2, 2, dtype=torch.int32, device="meta"), ValueError, "on the device of input, cpu, got meta"),
+        (torch.full((1, 1, 2, 2), -1), ValueError, "expected target_regions between 0 and 2147483647, got values from -1"),
+        (torch.full((1, 1, 2, 2), 2**40), ValueError, "to 1099511627776; 0 is background"),
     ],
 )
 def test_errors_of_regions(regions: Any, error: type[Exception], message: str) -> None:
