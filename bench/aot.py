@@ -22,7 +22,7 @@ import triton
 from fastinstance_kernels import engine, given, label, launch, regions, segments
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, mangle_type
 
 from fastinstance import pixel
 
@@ -112,42 +112,25 @@ def label_variants() -> Iterator[Variant]:
 SQUARED = pixel.WeightedSum(((1.0, pixel.Dice(squared_pred=True)), (1.0, pixel.Focal())))
 """The loss that needs the most features: p, p² and v."""
 
-_TYPES = {
-    torch.bool: "*u1",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-}
 
-
-def _variant(name: str, kernel: Any, arguments: Mapping[str, Any], warps: int, registers: int | None) -> Variant:
-    """What Triton would compile for these arguments."""
+def specialised(
+    name: str, kernel: Any, arguments: Mapping[str, Any], warps: int, registers: int | None = None
+) -> Variant:
+    """What Triton would compile for these arguments: it knows multiples of 16, and takes 1 as a constant."""
     constants, types, aligned = {}, {}, set()
     for parameter in kernel.params:
         value = arguments[parameter.name]
-        multiple = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if multiple and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
-            aligned.add(parameter.name)
-        if parameter.is_constexpr or value is None:
+        fixed = parameter.is_constexpr or value is None
+        if fixed or (type(value) is int and value == 1 and not parameter.do_not_specialize):
             constants[parameter.name] = value
-        elif isinstance(value, torch.Tensor):
-            types[parameter.name] = _TYPES[value.dtype]
-        else:
-            types[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-    return Variant(
-        name,
-        kernel,
-        constants,
-        warps,
-        constants.get("ROWS", 0) * launch.WORD,
-        types,
-        registers,
-        frozenset(aligned - constants.keys()),
-    )
+            continue
+        types[parameter.name] = mangle_type(value)
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        loose = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+        if type(number) is int and number % 16 == 0 and not loose:
+            aligned.add(parameter.name)
+    pixels = constants.get("ROWS", 0) * launch.WORD
+    return Variant(name, kernel, constants, warps, pixels, types, registers, frozenset(aligned))
 
 
 @contextlib.contextmanager
@@ -158,7 +141,7 @@ def recorded(name: str) -> Iterator[list[Variant]]:
     def take(kernel: Any, _grid: tuple[int, ...]) -> Any:
         def call(*arguments: Any, num_warps: int, maxnreg: int | None = None, **named: Any) -> None:
             named |= zip(kernel.arg_names, arguments, strict=False)
-            variants.append(_variant(f"{kernel.fn.__name__}, {name}", kernel, named, num_warps, maxnreg))
+            variants.append(specialised(f"{kernel.fn.__name__}, {name}", kernel, named, num_warps, maxnreg))
 
         return call
 

@@ -190,7 +190,11 @@ def test_large_segments() -> None:
         (torch.ones(1, 1, 2, 2), TypeError, "expected target_regions of an integer dtype, got torch.float32"),
         (torch.ones(1, 2, 2, dtype=torch.int32), ValueError, r"expected target_regions \[B,C,\*S\] = \(1, 1, 2, 2\)"),
         (torch.ones(1, 1, 2, 2, dtype=torch.int32, device="meta"), ValueError, "on the device of input, cpu, got meta"),
-        (torch.full((1, 1, 2, 2), -1), ValueError, "expected target_regions between 0 and 2147483647, got values from -1"),
+        (
+            torch.full((1, 1, 2, 2), -1),
+            ValueError,
+            "expected target_regions between 0 and 2147483647, got values from -1",
+        ),
         (torch.full((1, 1, 2, 2), 2**40), ValueError, "to 1099511627776; 0 is background"),
     ],
 )

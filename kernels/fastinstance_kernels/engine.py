@@ -324,7 +324,7 @@ def forward(
                 saved.masks, saved.heads, sides * planes, values.shape[1:], request.connectivity,
                 parents=saved.parents, first_given=planes if given else 0,
             )  # fmt: skip
-        groups = plan.groups(4096, triton.cdiv(plan.bound, 64))
+        groups = plan.groups(1024, triton.cdiv(plan.bound, 64))
         prepare[launch.programs(planes, groups)](
             partial, saved.dense, saved.whole, saved.omega, block_counts, saved.block_starts, saved.counts, saved.sums,
             box, saved.linked, saved.back, saved.nearest, saved.peaks, slots, flags, ticket,
@@ -341,6 +341,7 @@ def forward(
                 LOGITS=request.logits, SQUARED=own.squared, GAMMA=own.gamma, K=k, AXES=plan.axes, SIDES=sides,
                 BOXES=boxes, CENTERS=centers, PAIRS=sides == 2, SOFT=request.soft, ROWS=launch.TILE_ROWS, num_warps=1,
             )  # fmt: skip
+        groups = plan.groups(4096, triton.cdiv(plan.bound, 64))
         if sides == 2:
             link[launch.programs(planes, groups)](
                 saved.counts, saved.sums, saved.linked, slots, owners,
