@@ -50,12 +50,17 @@ class ImageOptions(TypedDict, total=False):
     reduction: str
 
 
-class BlobOptions(ImageOptions, total=False):
+class LabelledOptions(ImageOptions, total=False):
+    """Settings of a pixel loss that looks at the ground-truth instances; see `fastinstance.functional.pixel_loss`."""
+
+    connectivity: int | None
+
+
+class BlobOptions(LabelledOptions, total=False):
     """Settings of blob loss; see `fastinstance.functional.blob_terms`."""
 
     pixel_loss: object
     instance_loss: object
-    connectivity: int | None
     min_size: int
     max_instances: int | None
     process_group: ProcessGroup
@@ -110,10 +115,10 @@ class BaseLoss(nn.Module):
 class _PixelLoss(BaseLoss):
     """A pixel loss as a module; also accepted as `pixel_loss=`, `instance_loss=` and `center_loss=`."""
 
-    def __init__(self, separable: SeparableLoss, options: ImageOptions) -> None:
+    def __init__(self, separable: SeparableLoss, options: ImageOptions, known: Any = ImageOptions) -> None:
         super().__init__()
         self.separable = separable
-        self._set(ImageOptions, options, pixel_loss=separable)
+        self._set(known, options, pixel_loss=separable)
 
     def forward(
         self,
@@ -218,8 +223,8 @@ class TverskyLoss(_PixelLoss):
 class InverseWeightedDiceLoss(_PixelLoss):
     """Dice with each pixel weighted by 1/size of its ground-truth instance (Shirokikh et al. 2020)."""
 
-    def __init__(self, *, smooth_nr: float = 1e-5, smooth_dr: float = 1e-5, **options: Unpack[ImageOptions]) -> None:
-        super().__init__(InverseWeightedDice(smooth_nr, smooth_dr), options)
+    def __init__(self, *, smooth_nr: float = 1e-5, smooth_dr: float = 1e-5, **options: Unpack[LabelledOptions]) -> None:
+        super().__init__(InverseWeightedDice(smooth_nr, smooth_dr), options, LabelledOptions)
 
 
 class InstanceLoss(BaseLoss):

@@ -508,3 +508,13 @@ def test_class_indices_of_any_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(found, loss(logits, classes, target_labels=labels))
     with pytest.raises(ValueError, match="expected target to hold class indices 0 to 2"):
         loss(logits, (classes + 1).to(dtype))
+
+
+def test_inverse_weighted_dice_has_a_connectivity() -> None:
+    """Its weights are those of the instances: here three on a diagonal, or one."""
+    logits, target = torch.randn(1, 1, 3, 3, generator=torch.Generator().manual_seed(0)), torch.eye(3)[None, None]
+    for connectivity in (4, 8):
+        loss = fastinstance.InverseWeightedDiceLoss(sigmoid=True, connectivity=connectivity)
+        options = {"pixel_loss": "inverse_weighted_dice", "sigmoid": True, "connectivity": connectivity}
+        assert torch.equal(loss(logits, target), functional.pixel_loss(logits, target, **options))
+    assert loss(logits, target) != fastinstance.InverseWeightedDiceLoss(sigmoid=True, connectivity=4)(logits, target)
