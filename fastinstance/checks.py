@@ -286,7 +286,6 @@ def check_values(
     if valid_mask is not None:
         check_binary("valid_mask", valid_mask, "mask > 0")
     if to_onehot_y:
-        target = comparable(target)
         low, high = (bound.item() for bound in target.aminmax())
         if not (low >= 0 and high < channels and bool((target == target.long()).all())):
             raise ValueError(

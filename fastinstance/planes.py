@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import comparable
-
 __all__ = ["Planes", "activate", "to_planes"]
 
 # Logit of a pixel that is not valid: its probability, cost and slopes are exactly 0 in every dtype.
@@ -107,7 +105,7 @@ def to_planes(
         truth = target_labels.bool()
     elif to_onehot_y:
         classes = torch.arange(channels, device=target.device).view(1, -1, *[1] * len(size))
-        truth = comparable(target) == classes
+        truth = target == classes
     else:
         truth = target.bool().expand(-1, channels, *size)
 
