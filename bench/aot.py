@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -134,21 +134,28 @@ def specialised(
 
 
 @contextlib.contextmanager
+def intercepted(take: Callable[..., None]) -> Iterator[None]:
+    """Kernels launched inside are not run: `take` gets kernel, grid, arguments by name, warps and registers instead."""
+
+    def launcher(kernel: Any, grid: tuple[int, ...]) -> Any:
+        def call(*arguments: Any, num_warps: int = 4, maxnreg: int | None = None, **named: Any) -> None:
+            take(kernel, grid, named | dict(zip(kernel.arg_names, arguments, strict=False)), num_warps, maxnreg)
+
+        return call
+
+    with mock.patch.object(JITFunction, "__getitem__", launcher):
+        yield
+
+
+@contextlib.contextmanager
 def recorded(name: str) -> Iterator[list[Variant]]:
     """Collect the kernels that are launched inside, in their order, and run none; tensors may be on any device."""
     variants: list[Variant] = []
 
-    def take(kernel: Any, _grid: tuple[int, ...]) -> Any:
-        def call(*arguments: Any, num_warps: int, maxnreg: int | None = None, **named: Any) -> None:
-            named |= zip(kernel.arg_names, arguments, strict=False)
-            variants.append(specialised(f"{kernel.fn.__name__}, {name}", kernel, named, num_warps, maxnreg))
+    def take(kernel: Any, _grid: tuple[int, ...], *launched: Any) -> None:
+        variants.append(specialised(f"{kernel.fn.__name__}, {name}", kernel, *launched))
 
-        return call
-
-    with (
-        mock.patch.object(JITFunction, "__getitem__", take),
-        mock.patch.object(launch, "check_device"),
-    ):
+    with intercepted(take), mock.patch.object(launch, "check_device"):
         yield variants
 
 

@@ -28,10 +28,9 @@ from unittest import mock
 import numpy as np
 import torch
 from fastinstance_kernels import launch as limits
-from triton.runtime.jit import JITFunction
 
 from . import aot
-from .ptx import Array, Instruction, computation, immediate, parse
+from .ptx import TYPES, Array, Instruction, computation, immediate, parse
 
 __all__ = ["EmulationError", "Launch", "Schedule", "emulated"]
 
@@ -190,6 +189,7 @@ class _Group:
         self.shared_start = thread // self.size * kernel.shared
         self.block = np.zeros(len(thread), np.int64)
         self.waiting = np.zeros(len(thread), bool)  # at a barrier, to go on with their block
+        self.executed = [0] * len(kernel.blocks)  # by how many warps
 
     def register(self, name: str) -> Array:
         if name not in self.registers:
@@ -205,7 +205,7 @@ class _Group:
             if not len(ready):
                 if self.waiting.any():
                     raise EmulationError(f"{self.kernel.name}: a barrier that some threads of a program never reach")
-                return
+                break
             if self.lockstep:
                 number = at[ready].min()
             else:
@@ -213,6 +213,9 @@ class _Group:
                 ready = some if len(some) else ready
                 number = self.random.choice(at[ready])
             self.step(int(number), ready[at[ready] == number])
+        for block, warps in zip(self.kernel.blocks, self.executed, strict=True):
+            for name in block.names:
+                self.memory.launch.instructions[name] += warps
 
     def step(self, number: int, warps: Array) -> None:
         """Run a block, with the threads of these warps that are there."""
@@ -222,9 +225,7 @@ class _Group:
         for step in block.steps:
             step(threads)
         threads.end()
-        self.memory.launch.instructions.update(dict.fromkeys(block.names, 0))
-        for name in block.names:
-            self.memory.launch.instructions[name] += len(warps)
+        self.executed[number] += len(warps)
         following = block.target
         if block.condition is not None:
             predicate, otherwise = block.condition
@@ -299,7 +300,7 @@ def _step(kernel: _Kernel, one: Instruction) -> Step:
         return makers[name](kernel, one)
     if name == "mov" and "{" in "".join(one.operands):
         return _unpack(one) if one.operands[0].startswith("{") else _pack(one)
-    if one.operation[-1] == "f16x2" or "f16x2" in one.operation:
+    if "f16x2" in one.operation:
         return _halves(one)
     compute, guard, kind = computation(one.operation), _guard(one), one.operation[-1]
     dtype = kernel.types[one.operands[0]] if name in ("mov", "selp") else _bits(kind)
@@ -444,7 +445,7 @@ class _Access:
 
 def _load(kernel: _Kernel, one: Instruction) -> Step:
     kind, names = one.operation[-1], _parts(one.operands[0])
-    dtype = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{_bits(kind).itemsize}")
+    dtype = TYPES[kind]
     if "param" in one.operation:
         parameter = one.operands[1].strip("[]")
         return lambda threads: threads.set(names[0], threads.group.parameters[parameter].view(dtype))
@@ -479,7 +480,7 @@ def _store(kernel: _Kernel, one: Instruction) -> Step:
 
 def _atomic(kernel: _Kernel, one: Instruction) -> Step:
     kind, name = one.operation[-1], one.operation[-2]
-    dtype = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{_bits(kind).itemsize}")
+    dtype = TYPES[kind]
     target, _, *texts = one.operands
     sources = [_source(text, _bits(kind)) for text in texts]
     access = _Access(kernel, one, dtype.itemsize, 1)
@@ -577,16 +578,11 @@ def emulated(schedule: Schedule | None = None) -> Iterator[list[Launch]]:
     """
     launches: list[Launch] = []
 
-    def take(kernel: Any, grid: tuple[int, ...]) -> Any:
-        def call(*arguments: Any, num_warps: int = 4, maxnreg: int | None = None, **named: Any) -> None:
-            del maxnreg  # of ptxas, which comes after PTX
-            named |= zip(kernel.arg_names, arguments, strict=False)
-            launches.append(_run(kernel, grid, named, num_warps, schedule or Schedule()))
-
-        return call
+    def take(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], warps: int, *_: Any) -> None:
+        launches.append(_run(kernel, grid, arguments, warps, schedule or Schedule()))
 
     with (
-        mock.patch.object(JITFunction, "__getitem__", take),
+        aot.intercepted(take),
         mock.patch.object(limits, "INTERPRETED", True),
         mock.patch.dict("os.environ", {"TRITON_INTERPRET": "1"}),
     ):
