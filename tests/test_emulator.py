@@ -13,22 +13,9 @@ from bench.emulator import EmulationError, Launch, Schedule, emulated
 from bench.scenes import WEIGHTS, balls, noise
 from fastinstance import use_backend
 from fastinstance.testing import assert_close
+from tests.memory import poisoned_memory as poisoned_memory
 
 SCHEDULES = [Schedule(), Schedule(resident=3, seed=1)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what `torch.empty` returns with values that look like parents, counts and ids, but are wrong."""
-    empty = torch.empty
-    generator = torch.Generator().manual_seed(0)
-
-    def poisoned(*args: object, **kwargs: object) -> Tensor:
-        memory = empty(*args, **kwargs)
-        low, high = (0, 2) if memory.dtype == torch.bool else (-64, 64)
-        return memory if memory.is_meta else memory.random_(low, high, generator=generator)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["lockstep", "drawn"])

@@ -9,24 +9,11 @@ The interpreter must be chosen before Triton is imported, so an ordinary run doe
 import os
 
 import pytest
-import torch
+
+from tests.memory import poisoned_memory as poisoned_memory
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what `torch.empty` returns with values that look like parents, counts and ids, but are wrong."""
-    empty = torch.empty
-    generator = torch.Generator().manual_seed(0)
-
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        memory = empty(*args, **kwargs)
-        low, high = (0, 2) if memory.dtype == torch.bool else (-64, 64)
-        return memory.random_(low, high, generator=generator)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.fixture(autouse=True, scope="session")
