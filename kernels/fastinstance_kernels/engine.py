@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import launch
@@ -158,6 +157,7 @@ class Plan(NamedTuple):
     key: torch.dtype  # of a pair
 
     @classmethod
+    @lru_cache(maxsize=256)
     def of(cls, shape: tuple[int, ...], connectivity: int, max_instances: int | None, given: bool) -> Plan:
         planes, *size = shape
         depth, height, width = size if len(size) == 3 else (1, *size)
@@ -177,7 +177,7 @@ class Plan(NamedTuple):
 
     @property
     def row_words(self) -> int:
-        return triton.cdiv(self.width, launch.WORD)
+        return launch.cdiv(self.width, launch.WORD)
 
     @property
     def words(self) -> int:
@@ -185,18 +185,18 @@ class Plan(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        return triton.cdiv(self.words, launch.BLOCK_WORDS)
+        return launch.cdiv(self.words, launch.BLOCK_WORDS)
 
     def table_rows(self, sides: int) -> int:
         """Of all planes."""
         return self.planes * ((sides > 0) * self.bound + (sides > 1) * self.bound_pred)
 
     def tiles(self, rows: int) -> int:
-        return triton.cdiv(self.rows, rows)
+        return launch.cdiv(self.rows, rows)
 
     def groups(self, programs: int, most: int) -> int:
         """Programs per plane, so that there are about so many in all."""
-        return max(1, min(triton.cdiv(programs, self.planes), most))
+        return max(1, min(launch.cdiv(programs, self.planes), most))
 
     @property
     def scale_v(self) -> float:
@@ -205,6 +205,7 @@ class Plan(NamedTuple):
         return 2.0 ** min(32, 28 - math.ceil(math.log2(tiles)))
 
 
+@lru_cache(maxsize=256)
 def shapes(
     request: Request, shape: tuple[int, ...], dtype: torch.dtype, given: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -298,15 +299,17 @@ def forward(
         plan.capacity * plan.key.itemsize if sides == 2 else 0,
         8 * slots_for(pixels) if given and sides else 0,
     )
-    memory = empty(planes * triton.cdiv(max(slot_bytes), 8), dtype=torch.int64)
+    memory = empty(planes * launch.cdiv(max(slot_bytes), 8), dtype=torch.int64)
     slots = memory.view(plan.key)
     real = torch.float64 if wide else torch.float32
     losses = empty((request.own is not None) * rows, dtype=real)
     slope = empty((sides > 0) * planes * plan.bound * request.slopes, dtype=real)
     owners = empty(centers * 2 * planes * pixels, dtype=torch.int32)
 
+    step = launch.Step("terms", request, values, target, predicted, valid, given)
     with torch.cuda.device_of(values):
-        pack[launch.programs(planes, dense_tiles)](
+        step(
+            pack, launch.programs(planes, dense_tiles),
             values, target, predicted, valid, saved.masks, saved.heads, partial,
             threshold, request.threshold - threshold, planes, plan.rows, width, plan.row_words,
             plan.tiles(launch.DENSE_ROWS),
@@ -319,13 +322,14 @@ def forward(
         block_counts = saved.counts
         if sides > 0:
             if given:
-                given_forest(target, saved.heads, saved.parents, memory, planes, values.shape[1:])
+                given_forest(step, target, saved.heads, saved.parents, memory, planes, values.shape[1:])
             _, block_counts, _ = label_forest(
-                saved.masks, saved.heads, sides * planes, values.shape[1:], request.connectivity,
+                step, saved.masks, saved.heads, sides * planes, values.shape[1:], request.connectivity,
                 parents=saved.parents, first_given=planes if given else 0,
             )  # fmt: skip
-        groups = plan.groups(1024, triton.cdiv(plan.bound, 64))
-        prepare[launch.programs(planes, groups)](
+        groups = plan.groups(1024, launch.cdiv(plan.bound, 64))
+        step(
+            prepare, launch.programs(planes, groups),
             partial, saved.dense, saved.whole, saved.omega, block_counts, saved.block_starts, saved.counts, saved.sums,
             box, saved.linked, saved.back, saved.nearest, saved.peaks, slots, flags, ticket,
             planes, dense_tiles, plan.blocks, plan.bound, plan.bound_pred, plan.capacity, depth, height, width, groups,
@@ -333,7 +337,8 @@ def forward(
             FAR=0x7FF0000000000000 if wide else 0x7F800000, BLOCK=512, num_warps=4, **launch.ALL_REGISTERS,
         )  # fmt: skip
         if sides > 0:
-            accumulate[launch.programs(planes, plan.tiles(launch.TILE_ROWS) * plan.row_words)](
+            step(
+                accumulate, launch.programs(planes, plan.tiles(launch.TILE_ROWS) * plan.row_words),
                 values, saved.masks, saved.heads, saved.parents, saved.block_starts, saved.counts, saved.sums, box,
                 saved.peaks, slots, flags, plan.scale_v, planes, plan.rows, height, width, plan.row_words,
                 plan.tiles(launch.TILE_ROWS), plan.words * launch.WORD, plan.blocks,
@@ -341,15 +346,17 @@ def forward(
                 LOGITS=request.logits, SQUARED=own.squared, GAMMA=own.gamma, K=k, AXES=plan.axes, SIDES=sides,
                 BOXES=boxes, CENTERS=centers, PAIRS=sides == 2, SOFT=request.soft, ROWS=launch.TILE_ROWS, num_warps=1,
             )  # fmt: skip
-        groups = plan.groups(4096, triton.cdiv(plan.bound, 64))
+        groups = plan.groups(4096, launch.cdiv(plan.bound, 64))
         if sides == 2:
-            link[launch.programs(planes, groups)](
+            step(
+                link, launch.programs(planes, groups),
                 saved.counts, saved.sums, saved.linked, slots, owners,
                 planes, depth, height, width, plan.bound, plan.bound_pred, plan.capacity, *center_size, groups,
                 K=k, AXES=plan.axes, CENTERS=centers, BLOCK=32, num_warps=1,
             )  # fmt: skip
         if sides == 2 or request.blob:
-            instances[launch.programs(planes, groups)](
+            step(
+                instances, launch.programs(planes, groups),
                 saved.counts, saved.sums, saved.linked, saved.dense, box, losses, slope, saved.nearest, owners,
                 plan.scale_v, planes, depth, height, width, plan.bound, plan.bound_pred, *center_size, groups, *spacing,
                 FORM=own.form, DICE=request.dice, SQUARED=own.squared, GAMMA=own.gamma, K=k, AXES=plan.axes,
@@ -357,9 +364,10 @@ def forward(
                 BOXES=boxes, WIDE=wide, BLOCK=32, OTHERS=2 if wide else 8,
                 num_warps=1, **launch.ALL_REGISTERS,
             )  # fmt: skip
-        groups = plan.groups(1024, min(64, triton.cdiv(plan.bound, 64))) if sides else 1
+        groups = plan.groups(1024, min(64, launch.cdiv(plan.bound, 64))) if sides else 1
         parts = empty(planes, groups, PARTS.value, dtype=torch.float64)
-        gather[launch.programs(planes, groups)](
+        step(
+            gather, launch.programs(planes, groups),
             values if request.soft else None, saved.counts, saved.sums, losses, slope, saved.nearest, owners, valid,
             saved.peaks, slots, saved.owned, saved.back,
             parts, saved.dense, saved.whole, saved.omega, flags, ticket, saved.planar, saved.entries, found, total,
@@ -397,11 +405,13 @@ def backward(
     upstream = torch.empty(planes, dtype=torch.float64, device=values.device)
     base = torch.empty(planes * BASE.value, dtype=real, device=values.device)
     rows = torch.empty(plan.table_rows(sides) * 2 * k, dtype=real, device=values.device)
-    groups = plan.groups(2048, triton.cdiv(plan.bound, 64)) if sides else 0
+    groups = plan.groups(2048, launch.cdiv(plan.bound, 64)) if sides else 0
     block = 32
-    grid = launch.programs(1, planes * groups + triton.cdiv(planes // request.channels, block))
+    grid = launch.programs(1, planes * groups + launch.cdiv(planes // request.channels, block))
+    step = launch.Step("gradient", request, values, valid, to_found, to_total, given, others=saved)
     with torch.cuda.device_of(values):
-        coefficients[grid](
+        step(
+            coefficients, grid,
             to_total, to_found, saved.counts, saved.sums, saved.linked, saved.dense, saved.whole, saved.omega,
             saved.nearest, saved.owned, saved.back, saved.planar, saved.entries, upstream, base, rows,
             plan.scale_v, planes, request.channels, plan.bound, plan.bound_pred, groups, *weights,
@@ -416,7 +426,8 @@ def backward(
             BOXES=request.proximity, CENTERS=request.center is not None, BACK=request.back, WIDE=wide,
             BLOCK=block, num_warps=1, **launch.ALL_REGISTERS,
         )  # fmt: skip
-        gradient[launch.programs(planes, plan.tiles(launch.TILE_ROWS) * plan.row_words)](
+        step(
+            gradient, launch.programs(planes, plan.tiles(launch.TILE_ROWS) * plan.row_words),
             values, saved.masks, saved.heads, valid, saved.parents, saved.block_starts, saved.peaks, base, rows, result,
             planes, plan.rows, plan.width, plan.row_words, plan.tiles(launch.TILE_ROWS),
             plan.words * launch.WORD, plan.blocks, plan.bound, plan.bound_pred,

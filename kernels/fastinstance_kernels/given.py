@@ -117,11 +117,18 @@ def point(heads, parents, slots, words, blocks, capacity, WORDS: tl.constexpr):
 
 
 def given_forest(
-    ids: torch.Tensor, heads: torch.Tensor, parents: torch.Tensor, slots: torch.Tensor, planes: int, size: Sequence[int]
+    step: launch.Step,
+    ids: torch.Tensor,
+    heads: torch.Tensor,
+    parents: torch.Tensor,
+    slots: torch.Tensor,
+    planes: int,
+    size: Sequence[int],
 ) -> None:
     """Write the parents of all heads of planes of ids.
 
     Args:
+        step: that launches the kernels, of a key that says dtypes and layouts.
         ids: `[planes, *size]` contiguous, int32.
         heads: their words, in which a piece ends where the id changes.
         parents: from `label.empty_parents`; the first `planes` planes are written.
@@ -130,19 +137,20 @@ def given_forest(
         size: (H, W) or (D, H, W).
     """
     pixels = math.prod(size)
-    row_words = triton.cdiv(size[-1], launch.WORD)
+    row_words = launch.cdiv(size[-1], launch.WORD)
     words = math.prod(size[:-1]) * row_words
-    blocks = triton.cdiv(words, launch.BLOCK_WORDS)
+    blocks = launch.cdiv(words, launch.BLOCK_WORDS)
     capacity = slots_for(pixels)
     grid = launch.programs(planes, blocks)
     with torch.cuda.device_of(ids):
         slots[: planes * capacity].fill_(EMPTY.value)
         # One warp per program: loops end for a warp's own pixels, without a barrier.
-        collect[grid](
+        step(
+            collect, grid,
             ids, heads, parents, slots, size[-1], row_words, words, pixels, blocks, capacity,
             WORDS=launch.BLOCK_WORDS, num_warps=1,
         )  # fmt: skip
-        point[grid](heads, parents, slots, words, blocks, capacity, WORDS=launch.BLOCK_WORDS, num_warps=1)
+        step(point, grid, heads, parents, slots, words, blocks, capacity, WORDS=launch.BLOCK_WORDS, num_warps=1)
 
 
 def number_ids(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,15 +167,17 @@ def number_ids(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     planes, *size = ids.shape
     rows, width = math.prod(size[:-1]), size[-1]
     launch.check_plane(rows, width, ids.shape)
-    row_words, row_tiles = triton.cdiv(width, launch.WORD), triton.cdiv(rows, launch.TILE_ROWS)
+    row_words, row_tiles = launch.cdiv(width, launch.WORD), launch.cdiv(rows, launch.TILE_ROWS)
     masks, heads = (torch.empty(planes, rows * row_words, dtype=torch.int32, device=ids.device) for _ in range(2))
     parents = empty_parents(ids, planes, size)
     slots = torch.empty(planes * slots_for(rows * width), dtype=torch.int64, device=ids.device)
+    step = launch.Step("numbers", ids)
     with torch.cuda.device_of(ids):
-        pack_ids[launch.programs(planes, row_tiles * row_words)](
-            ids, masks, heads, rows, width, row_words, row_tiles, ROWS=launch.TILE_ROWS, num_warps=1
-        )
-        given_forest(ids, heads, parents, slots, planes, size)
+        step(
+            pack_ids, launch.programs(planes, row_tiles * row_words),
+            ids, masks, heads, rows, width, row_words, row_tiles, ROWS=launch.TILE_ROWS, num_warps=1,
+        )  # fmt: skip
+        given_forest(step, ids, heads, parents, slots, planes, size)
         # No component is looked for: any connectivity will do.
-        _, block_counts, _ = label_forest(masks, heads, planes, size, 0, parents=parents, first_given=planes)
-    return write_labels(masks, heads, parents, block_counts, planes, size)
+        _, block_counts, _ = label_forest(step, masks, heads, planes, size, 0, parents=parents, first_given=planes)
+    return write_labels(step, masks, heads, parents, block_counts, planes, size)

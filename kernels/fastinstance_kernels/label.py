@@ -441,10 +441,11 @@ def _empty(x: torch.Tensor, *shape: int) -> torch.Tensor:
 
 def empty_parents(mask: torch.Tensor, planes: int, size: Sequence[int]) -> torch.Tensor:
     """Memory for the forests of `planes` planes of `size`, on the device of their masks."""
-    return _empty(mask, planes, math.prod(size[:-1]) * triton.cdiv(size[-1], launch.WORD) * launch.WORD)
+    return _empty(mask, planes, math.prod(size[:-1]) * launch.cdiv(size[-1], launch.WORD) * launch.WORD)
 
 
 def label_forest(
+    step: launch.Step,
     mask: torch.Tensor,
     heads: torch.Tensor,
     planes: int,
@@ -458,6 +459,7 @@ def label_forest(
     """Find and number the components of packed masks, in 4 launches (6 where `min_size` drops any).
 
     Args:
+        step: that launches them, of a key that says all of this.
         mask: int32, the words of `planes` planes, contiguous.
         heads: the words of their heads; `words.heads_of` those of `mask`, except for given planes.
         planes: how many there are.
@@ -475,9 +477,9 @@ def label_forest(
     """
     volume = len(size) == 3
     depth, height, width = size if volume else (1, *size)
-    row_words = triton.cdiv(width, launch.WORD)
+    row_words = launch.cdiv(width, launch.WORD)
     words = depth * height * row_words
-    blocks = triton.cdiv(words, launch.BLOCK_WORDS)
+    blocks = launch.cdiv(words, launch.BLOCK_WORDS)
     grid = launch.programs(planes, blocks)
     found_grid = launch.programs(planes - first_given, blocks)
     if parents is None:
@@ -488,7 +490,8 @@ def label_forest(
 
     def flatten_blocks(*, number: bool) -> None:
         measured = min_size > 1
-        flatten[grid](
+        step(
+            flatten, grid,
             heads, parents, block_counts, sizes, words, blocks, min(min_size, words * launch.WORD + 1),
             NUMBER=number, MEASURED=number and measured, CLEAR_SIZES=measured and not number,
             WORDS=launch.BLOCK_WORDS, **_ONE_WARP,
@@ -496,24 +499,27 @@ def label_forest(
 
     with torch.cuda.device_of(mask):
         if first_given < planes:
-            initialise[found_grid](
+            step(
+                initialise, found_grid,
                 mask, parents, first_given, depth, height, row_words, blocks,
                 VOLUME=volume, DIAGONAL=diagonal, WORDS=launch.BLOCK_WORDS, **_ONE_WARP,
             )  # fmt: skip
             flatten_blocks(number=False)
-            join[found_grid](
+            step(
+                join, found_grid,
                 mask, parents, first_given, depth, height, row_words, blocks,
                 VOLUME=volume, AXIS_DIAGONAL=diagonal, CORNERS=connectivity in (18, 26),
                 CORNER_DIAGONAL=connectivity == 26, WORDS=launch.BLOCK_WORDS, **_ONE_WARP,
             )  # fmt: skip
         if min_size > 1:
             flatten_blocks(number=False)
-            measure[grid](mask, heads, parents, sizes, words, blocks, WORDS=launch.BLOCK_WORDS, **_ONE_WARP)
+            step(measure, grid, mask, heads, parents, sizes, words, blocks, WORDS=launch.BLOCK_WORDS, **_ONE_WARP)
         flatten_blocks(number=True)
     return parents, block_counts, block_counts.shape[1]
 
 
 def write_labels(
+    step: launch.Step,
     mask: torch.Tensor,
     heads: torch.Tensor,
     parents: torch.Tensor,
@@ -523,14 +529,16 @@ def write_labels(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The image of labels of a forest from `label_forest`, int32 [planes, *size], and how many each plane has."""
     rows, width = math.prod(size[:-1]), size[-1]
-    row_words, row_tiles = triton.cdiv(width, launch.WORD), triton.cdiv(rows, launch.TILE_ROWS)
+    row_words, row_tiles = launch.cdiv(width, launch.WORD), launch.cdiv(rows, launch.TILE_ROWS)
     blocks = block_counts.shape[1]
     labels, counts, block_starts = _empty(mask, planes, *size), _empty(mask, planes), _empty(mask, planes, blocks)
     with torch.cuda.device_of(mask):
-        scan[(planes,)](
-            block_counts, block_starts, counts, blocks, BLOCK=launch.SCAN_BLOCK, num_warps=launch.SCAN_WARPS
-        )
-        write[launch.programs(planes, row_tiles * row_words)](
+        step(
+            scan, (planes,),
+            block_counts, block_starts, counts, blocks, BLOCK=launch.SCAN_BLOCK, num_warps=launch.SCAN_WARPS,
+        )  # fmt: skip
+        step(
+            write, launch.programs(planes, row_tiles * row_words),
             mask, heads, parents, block_starts, labels, rows, width, row_words, row_tiles, blocks,
             ROWS=launch.TILE_ROWS, **_ONE_WARP,
         )  # fmt: skip
@@ -586,7 +594,7 @@ def label_planes(
         return _empty(x, *x.shape), torch.zeros(planes, dtype=torch.int32, device=x.device)
     volume = dims == 3
     depth, height, width = size if volume else (1, *size)
-    row_words = triton.cdiv(width, launch.WORD)
+    row_words = launch.cdiv(width, launch.WORD)
     rows = depth * height
     words = rows * row_words
     launch.check_plane(rows, width, x.shape)
@@ -594,17 +602,18 @@ def label_planes(
     if sum(extents) >= 2**31:
         x = x.contiguous()  # offsets inside a plane are int32
     stride_plane, *stride_slice, stride_y, stride_x = x.stride()
-    slice_tiles = triton.cdiv(height, launch.TILE_ROWS)
+    slice_tiles = launch.cdiv(height, launch.TILE_ROWS)
     pack_grid = launch.programs(planes, depth * slice_tiles * row_words)
 
     mask = _empty(x, planes, words)
     heads = _empty(x, planes, words)
+    step = launch.Step("label", x, threshold is None, connectivity, min_size > 1)
     with torch.cuda.device_of(x):
-        pack_mask[pack_grid](
-            x, mask, heads, 0.0 if threshold is None else ctypes.c_float(threshold).value,
+        step(
+            pack_mask, pack_grid, x, mask, heads, 0.0 if threshold is None else ctypes.c_float(threshold).value,
             depth, height, width, row_words, slice_tiles,
             stride_plane, stride_slice[0] if volume else 0, stride_y, stride_x,
             THRESHOLD=threshold is not None, ROWS=launch.TILE_ROWS, **_ONE_WARP,
         )  # fmt: skip
-        parents, block_counts, _ = label_forest(mask, heads, planes, size, connectivity, min_size=min_size)
-    return write_labels(mask, heads, parents, block_counts, planes, size)
+        parents, block_counts, _ = label_forest(step, mask, heads, planes, size, connectivity, min_size=min_size)
+    return write_labels(step, mask, heads, parents, block_counts, planes, size)

@@ -1,8 +1,11 @@
 """What the launchers share: tile sizes, size limits, and the checks that come before a launch."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
+from torch import Tensor
 from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)
@@ -37,7 +40,7 @@ MAX_PROGRAMS = 2**31 - 1
 """The largest x extent of a CUDA grid. (y and z end at 65535 and are never used.)"""
 
 
-def check_device(x: torch.Tensor) -> None:
+def check_device(x: Tensor) -> None:
     """Raise ValueError where the kernels cannot run on the tensor's device."""
     if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         raise ValueError(
@@ -56,6 +59,11 @@ def check_plane(rows: int, width: int, shape: Sequence[int]) -> None:
         )
 
 
+def cdiv(number: int, size: int) -> int:
+    """Parts of `size` that hold `number`. (Triton's own is for kernels too, and takes the host a microsecond.)"""
+    return -(-number // size)
+
+
 def programs(planes: int, per_plane: int) -> tuple[int]:
     """The grid of a kernel with `per_plane` programs for each plane; ValueError if no device can have it."""
     total = planes * per_plane
@@ -65,3 +73,47 @@ def programs(planes: int, per_plane: int) -> tuple[int]:
             "label fewer planes at a time"
         )
     return (total,)
+
+
+class Step:
+    """Launches kernels one after the other; those of a step like an earlier one without Triton's search.
+
+    Triton looks for the compiled kernel of each launch by all of its arguments, which takes the host longer (8 to 40
+    µs) than most of these kernels take a GPU. Here the step says once what all its launches depend on.
+
+    Args:
+        key: what decides which kernels the step launches, with which constants, integers and kinds of tensors. A
+            tensor stands for its dtype, layout and device.
+        others: more tensors, whose dtype and device follow from the key.
+    """
+
+    def __init__(self, *key: Hashable, others: Iterable[Tensor | None] = ()) -> None:
+        tensors = [x for x in (*key, *others) if isinstance(x, Tensor)]
+        # Kernels are compiled for addresses that are multiples of 16, which all are, but for views of a caller.
+        aligned = not any(x.data_ptr() % 16 for x in tensors)
+        self._launches = _launches(tuple(map(_kind, key))) if aligned else {}
+        self._next = 0
+
+    def __call__(self, kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> None:
+        """Launch `kernel[grid]`, a kernel of `triton.jit`; `constants` are its last parameters, and launch options."""
+        known = self._launches.get(self._next)
+        if known is not None:
+            compiled, constants_in_order = known
+            compiled[(*grid, 1, 1)](*arguments, *constants_in_order)
+        else:
+            compiled = kernel[grid](*arguments, **constants)
+            if compiled is not None:  # the interpreter compiles nothing
+                names = kernel.arg_names[len(arguments) :]
+                self._launches[self._next] = compiled, tuple(constants[name] for name in names)
+        self._next += 1
+
+
+def _kind(part: Hashable) -> Hashable:
+    return (part.dtype, part.shape, part.stride(), part.device) if isinstance(part, Tensor) else part
+
+
+@lru_cache(maxsize=1024)
+def _launches(key: Hashable) -> dict[int, tuple[Any, tuple[Any, ...]]]:
+    """By their place in a step of this key: the compiled kernel, and its constants in the order of its parameters."""
+    del key
+    return {}

@@ -205,17 +205,20 @@ def nearest_label(labels: torch.Tensor, spacing: Sequence[float]) -> torch.Tenso
     below, start = empty(real), empty(real)
     parts = [(high := ctypes.c_float(scale).value, scale - high) for scale in spacing]
     rows, width = pixels // size[-1], size[-1]
+    step = launch.Step("regions", labels, real)
     with torch.cuda.device_of(labels):
-        blocks = triton.cdiv(rows, launch.TILE_ROWS)
-        along_rows[launch.programs(planes, blocks)](
-            labels, distance, label, rows, width, blocks, *parts[-1], ROWS=launch.TILE_ROWS, num_warps=1
-        )
+        blocks = launch.cdiv(rows, launch.TILE_ROWS)
+        step(
+            along_rows, launch.programs(planes, blocks),
+            labels, distance, label, rows, width, blocks, *parts[-1], ROWS=launch.TILE_ROWS, num_warps=1,
+        )  # fmt: skip
         inner = width
         for axis in reversed(range(len(size) - 1)):
             lines = pixels // size[axis]
-            blocks = triton.cdiv(lines, LINES)
+            blocks = launch.cdiv(lines, LINES)
             found = empty(real) if axis else None, empty(labels.dtype)
-            along_axis[launch.programs(planes, blocks)](
+            step(
+                along_axis, launch.programs(planes, blocks),
                 distance, label, below, start, *found, lines, size[axis], inner, blocks, *parts[axis],
                 BLOCK=LINES, STEPS=STEPS, num_warps=1,
             )  # fmt: skip

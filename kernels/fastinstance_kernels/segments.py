@@ -380,7 +380,7 @@ class _Layout(NamedTuple):
 
     @property
     def groups(self) -> int:
-        return self.plan.groups(triton.cdiv(2048, self.sides), min(64, triton.cdiv(self.bound, 32)))
+        return self.plan.groups(launch.cdiv(2048, self.sides), min(64, launch.cdiv(self.bound, 32)))
 
     @property
     def tiles(self) -> tuple[int, ...]:
@@ -445,19 +445,23 @@ def forward(
     parts = empty(layout.maps, groups, PARTS.value, dtype=torch.float64)
     grid = launch.programs(layout.maps, groups)
     bounds = layout.bound, layout.bound_pred, groups
+    step = launch.Step("sums", request, values, target, valid, segments, others, counts)
     with torch.cuda.device_of(values):
-        clear_rows[grid](
+        step(
+            clear_rows, grid,
             counts, saved.sums, saved.peaks, saved.flags, plan.planes, *bounds,
             W=2 * k + 1, SIDES=sides, PEAKS=request.peaks, BLOCK=512, num_warps=1, **launch.ALL_REGISTERS,
         )  # fmt: skip
-        add_up[layout.tiles](
+        step(
+            add_up, layout.tiles,
             values, target, valid, segments, others, saved.sums, saved.peaks, saved.flags,
             plan.scale_v, *layout.tile_arguments,
             LOGITS=request.logits, SQUARED=loss.squared, GAMMA=loss.gamma, K=k, SIDES=sides,
             TARGET=target is not None, VALID=valid is not None, PEAKS=request.peaks, OUTSIDE=request.outside,
             ROWS=launch.TILE_ROWS, num_warps=1,
         )  # fmt: skip
-        evaluate[grid](
+        step(
+            evaluate, grid,
             values, counts, saved.sums, saved.peaks, saved.flags, parts,
             plan.scale_v, plan.planes, plan.rows * plan.width, *bounds,
             KIND=request.kind, FORM=loss.form, OFFSET=request.offset, POWER=request.power, LOGITS=request.logits,
@@ -485,15 +489,19 @@ def backward(
     real = torch.float64 if values.dtype == torch.float64 else torch.float32
     result = torch.empty_like(values)
     coefficients = torch.empty((not request.peaks) * layout.rows * 2 * k, dtype=real, device=values.device)
+    images = values, target, valid, segments, others, counts
+    step = launch.Step("gradient of sums", request, *images, upstream, others=saved)
     with torch.cuda.device_of(values):
         if not request.peaks:
-            segment_coefficients[launch.programs(layout.maps, groups)](
+            step(
+                segment_coefficients, launch.programs(layout.maps, groups),
                 upstream, counts, saved.sums, coefficients,
                 plan.scale_v, plan.planes, layout.bound, layout.bound_pred, groups,
                 KIND=request.kind, FORM=loss.form, OFFSET=request.offset, POWER=request.power, SQUARED=loss.squared,
                 GAMMA=loss.gamma, K=k, BLOCK=32, num_warps=1, **launch.ALL_REGISTERS,
             )  # fmt: skip
-        segment_gradient[layout.tiles](
+        step(
+            segment_gradient, layout.tiles,
             values, target, valid, segments, others, saved.flags, saved.peaks, upstream, coefficients, result,
             *layout.tile_arguments,
             LOGITS=request.logits, SQUARED=loss.squared, GAMMA=loss.gamma, K=k, SIDES=sides,

@@ -83,15 +83,16 @@ def test_forest(name: str) -> None:
     heads = heads_of(ids)
     parents = empty_parents(ids, planes, size).view(planes, -1)
     slots = torch.empty(planes * slots_for(ids[0].numel()), dtype=torch.int64)
-    given_forest(ids, heads, parents, slots, planes, size)
+    given_forest(launch.Step(object()), ids, heads, parents, slots, planes, size)
     first, rows = by_hand(ids)
     lanes = (heads[:, :, None] >> torch.arange(32) & 1).view(planes, -1)
     at = [plane.nonzero().flatten().tolist() for plane in lanes]
     for plane in range(planes):
         assert {i: int(parents[plane, i]) for i in at[plane]} == {i: first[plane][i] for i in at[plane]}
 
+    step, connectivity = launch.Step(object()), {2: 8, 3: 26}[len(size)]
     _, counts, blocks = label_forest(
-        heads.clone(), heads, planes, size, {2: 8, 3: 26}[len(size)], parents=parents, first_given=planes
+        step, heads.clone(), heads, planes, size, connectivity, parents=parents, first_given=planes
     )
     starts = counts.cumsum(1) - counts
     for plane in range(planes):
@@ -118,7 +119,7 @@ def test_searches_pass_over_other_ids(place: int, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(given, "hash_of", everywhere_the_same)
     parents = empty_parents(ids, 2, (6, 40)).view(2, -1)
-    given_forest(ids, heads, parents, slots, 2, (6, 40))
+    given_forest(launch.Step(object()), ids, heads, parents, slots, 2, (6, 40))
     first, _ = by_hand(ids)
     lanes = (heads[:, :, None] >> torch.arange(32) & 1).view(2, -1)
     for plane, index in lanes.nonzero().tolist():

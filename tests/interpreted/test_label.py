@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fastinstance_kernels import label_planes
+from fastinstance_kernels import label_planes, launch
 from fastinstance_kernels.label import label_forest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -115,7 +115,8 @@ def test_given_planes_are_only_numbered() -> None:
     indices = bits[0].flatten().nonzero()[:, 0].int()
     parents[0, indices] = indices
     parents[0, indices[-1]] = indices[0]
-    _, block_counts, blocks = label_forest(packed(bits), packed(starts), 2, (9, 40), 8, parents=parents, first_given=1)
+    step, mask, heads = launch.Step(object()), packed(bits), packed(starts)
+    _, block_counts, blocks = label_forest(step, mask, heads, 2, (9, 40), 8, parents=parents, first_given=1)
     assert block_counts.shape == (2, blocks)
     assert block_counts.sum(1).tolist() == [len(indices) - 1, int(expected(found[1:], 8)[1])]
     assert parents[0, indices].tolist() == [*range(-2, -len(indices) - 1, -1), int(indices[0])]
