@@ -1,17 +1,17 @@
-"""The losses on the Triton kernels, as registered operators: one for the terms, one for their gradient."""
+"""The losses on the Triton kernels: a function for eager code, and two registered operators for what compiles it."""
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["fused_terms", "no_second_derivative", "report", "tables_of"]
+__all__ = ["OnlyOnce", "fused_terms", "no_second_derivative", "report", "tables_of"]
 
 _RESULTS = 18
 """`found`, `total` and the fields of `fastinstance_kernels.engine.Saved`."""
@@ -109,22 +109,19 @@ def _(to_found: Tensor | None, to_total: Tensor | None, values: Tensor, *_: Any)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    values, _, _, valid, ctx.weights, ctx.given, ctx.request = inputs
+    values, _, _, valid, *ctx.settings = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(values, valid, *output[2:])
 
 
-def _backward(ctx: Any, to_found: Tensor | None, to_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _by_values(gradient: Callable[..., Tensor], ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The derivatives by all inputs of `fastinstance::terms`, with `gradient` in place of `_gradient`."""
     values, valid, *saved = ctx.saved_tensors
-    gradient = None
-    if to_found is not None or to_total is not None:
-        given = [None if g is None else g.contiguous() for g in (to_found, to_total)]
-        gradient = gradient_op(*given, values, valid, saved, ctx.weights, ctx.given, ctx.request)
-    return gradient, None, None, None, None, None, None
-
-
-terms_op.register_autograd(_backward, setup_context=_save)
+    if all(g is None for g in upstream):
+        return (None,) * 7
+    given = [None if g is None else g.contiguous() for g in upstream]
+    return gradient(*given, values, valid, saved, *ctx.settings), *[None] * 6
 
 
 def no_second_derivative(ctx: Any, *_: Tensor) -> None:
@@ -134,7 +131,38 @@ def no_second_derivative(ctx: Any, *_: Tensor) -> None:
     )
 
 
+terms_op.register_autograd(lambda ctx, *upstream: _by_values(gradient_op, ctx, *upstream[:2]), setup_context=_save)
 gradient_op.register_autograd(no_second_derivative)
+
+
+class OnlyOnce(torch.autograd.Function):
+    """Identity on a finished gradient, so that a second derivative is an error and not a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *upstream: Tensor | None) -> Tensor:
+        return gradient
+
+    backward = staticmethod(no_second_derivative)
+
+
+class _Terms(torch.autograd.Function):
+    """`found`, `total`, the counts and entries of `terms_op`, for a third of what an operator takes the host."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        found, total, *saved = _terms(*inputs)
+        values, _, _, valid, *ctx.settings = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(saved[_COUNTS], saved[-1])
+        ctx.save_for_backward(values, valid, *saved)
+        return found, total, saved[_COUNTS], saved[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradient, *rest = _by_values(_gradient, ctx, *upstream[:2])
+        if gradient is not None and torch.is_grad_enabled():
+            gradient = OnlyOnce.apply(gradient, ctx.saved_tensors[0], *upstream[:2])
+        return gradient, *rest
 
 
 _pending: list[tuple[torch.cuda.Event | None, Tensor, int]] = []
@@ -177,7 +205,12 @@ def fused_terms(
     max_instances: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All terms, their weighted sum, and `Saved.entries`; arguments as `fastinstance_kernels.engine.forward`."""
-    found, total, *saved = terms_op(values, target, predicted, valid, weights, given, request)
-    if max_instances is not None and saved[_COUNTS].numel():
-        report(saved[_COUNTS], max_instances)
-    return found, total, saved[-1]
+    inputs = values, target, predicted, valid, weights, given, request
+    if torch.compiler.is_compiling():
+        found, total, *saved = terms_op(*inputs)
+        counts, entries = saved[_COUNTS], saved[-1]
+    else:
+        found, total, counts, entries = _Terms.apply(*inputs)
+    if max_instances is not None and counts.numel():
+        report(counts, max_instances)
+    return found, total, entries

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .criteria import Criterion
-from .ops import OnlyOnce
+from .fused import OnlyOnce
 from .partition import Partition, Side
 
 __all__ = [

@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import no_second_derivative
+from .fused import OnlyOnce
 from .pixel import Pointwise, cost_of
 
 __all__ = [
     "DenseSums",
     "InstanceSums",
-    "OnlyOnce",
     "Segments",
     "instance_sums",
 ]
@@ -309,13 +308,3 @@ class _Sums(torch.autograd.Function):
         if ctx.instances is not None:
             _instance_gradient(gradient.view(-1), ctx.instances, upstream[len(ctx.dense) :], ctx.slopes)
         return gradient
-
-
-class OnlyOnce(torch.autograd.Function):
-    """Identity on a finished gradient, so that a second derivative is an error and not a silent zero."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *upstream: Tensor) -> Tensor:
-        return gradient
-
-    backward = staticmethod(no_second_derivative)

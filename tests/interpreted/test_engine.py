@@ -373,13 +373,13 @@ def test_wanted_terms_only(launches: list[str]) -> None:
 def arguments(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What `fastinstance::terms` is called with."""
     seen = []
-    terms = fused.terms_op
+    terms = fused._terms
 
     def recorded(*arguments: Any) -> Any:
         seen.append(arguments)
         return terms(*arguments)
 
-    monkeypatch.setattr(fused, "terms_op", recorded)
+    monkeypatch.setattr(fused, "_terms", recorded)
     return seen
 
 
