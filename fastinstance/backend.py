@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, update_wrapper
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["backend_for", "use_backend"]
+__all__ = ["Operator", "backend_for", "by_operators", "operator", "use_backend"]
 
 _chosen: ContextVar[str | None] = ContextVar("fastinstance_backend", default=None)
 
@@ -70,3 +71,33 @@ def _backend(device: str) -> str:
 def backend_for(tensor: Tensor) -> str:
     """ "triton" or "torch", for work on `tensor`."""
     return _backend(tensor.device.type)
+
+
+def by_operators(tensor: Tensor) -> bool:
+    """Whether work on `tensor` goes through registered operators: in compiled code, and where there is no memory.
+
+    Elsewhere the functions behind them are called, since the dispatch of a custom operator takes the host longer.
+    """
+    return torch.compiler.is_compiling() or tensor.is_meta or type(tensor) is not Tensor
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Operator(Generic[P, R]):
+    """A function whose first argument is a tensor, registered as an operator for where `by_operators` asks for one."""
+
+    def __init__(self, function: Callable[P, R], name: str) -> None:
+        self.function = function
+        self.registered = torch.library.custom_op(name, function, mutates_args=())
+        self.register_fake = self.registered.register_fake
+        update_wrapper(self, function)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return (self.registered if by_operators(args[0]) else self.function)(*args, **kwargs)  # pyright: ignore[reportArgumentType]
+
+
+def operator(name: str) -> Callable[[Callable[P, R]], Operator[P, R]]:
+    """Decorates a function that neither changes nor returns its arguments, and has no derivative."""
+    return lambda function: Operator(function, name)

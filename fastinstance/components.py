@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backend import backend_for
+from .backend import backend_for, operator
 
 __all__ = ["components_at", "divide", "drop_small", "foreground", "label_planes"]
 
@@ -169,7 +169,7 @@ def _label_volume(mask: np.ndarray, connectivity: int) -> tuple[np.ndarray, int]
     return ids, number
 
 
-@torch.library.custom_op("fastinstance::label_planes", mutates_args=())
+@operator("fastinstance::label_planes")
 def label_planes(mask: Tensor, threshold: float | None, connectivity: int, min_size: int) -> tuple[Tensor, Tensor]:
     """Connected components of each plane, as an image; on a CUDA tensor without waiting for the device.
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backend import by_operators
+
 __all__ = ["OnlyOnce", "fused_terms", "no_second_derivative", "report", "tables_of"]
 
 _RESULTS = 18
@@ -206,7 +208,7 @@ def fused_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All terms, their weighted sum, and `Saved.entries`; arguments as `fastinstance_kernels.engine.forward`."""
     inputs = values, target, predicted, valid, weights, given, request
-    if torch.compiler.is_compiling():
+    if by_operators(values):
         found, total, *saved = terms_op(*inputs)
         counts, entries = saved[_COUNTS], saved[-1]
     else:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backend import backend_for
+from .backend import backend_for, operator
 from .checks import check_per_axis, comparable, reads_values
 
 __all__ = ["nearest_component", "voronoi"]
@@ -45,7 +45,7 @@ def voronoi(labels: Tensor, spacing: float | Sequence[float] | None = None) -> T
     return nearest_component(labels.flatten(0, 1), per_axis).view(labels.shape)
 
 
-@torch.library.custom_op("fastinstance::nearest_component", mutates_args=())
+@operator("fastinstance::nearest_component")
 def nearest_component(labels: Tensor, spacing: Sequence[float]) -> Tensor:
     """`voronoi` of checked planes `[planes, *S]`; on a CUDA tensor without waiting for the device."""
     if len(set(spacing)) == 1:

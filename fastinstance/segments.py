@@ -1,13 +1,15 @@
-"""Sums over the segments of a map on the Triton kernels, as registered operators."""
+"""Sums over the segments of a map on the Triton kernels: a function for eager code, operators for compiled code."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .fused import no_second_derivative, report, tables_of
+from .backend import by_operators, operator
+from .fused import OnlyOnce, no_second_derivative, report, tables_of
 
 __all__ = ["Found", "number_ids", "segment_sums"]
 
@@ -23,7 +25,7 @@ class Found(NamedTuple):
     rest: Tensor
 
 
-@torch.library.custom_op("fastinstance::number_ids", mutates_args=())
+@operator("fastinstance::number_ids")
 def number_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
     """Ids int32 `[planes, *S]` -> 1..K of each plane in raster order of the first pixel of each, and K `[planes]`."""
     from fastinstance_kernels import number_ids as launch
@@ -115,16 +117,35 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*images, *output[1:])
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _by_values(gradient: Callable[..., Tensor], ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The derivatives by all inputs of `fastinstance::segment_sums`, with `gradient` in place of `_gradient`."""
     images, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-    gradient = None
-    if upstream is not None:
-        gradient = gradient_op(upstream.contiguous(), *images, [*saved], ctx.request)
-    return gradient, *[None] * 6
+    if upstream is None:
+        return (None,) * 7
+    return gradient(upstream.contiguous(), *images, [*saved], ctx.request), *[None] * 6
 
 
-sums_op.register_autograd(_backward, setup_context=_save)
+sums_op.register_autograd(lambda ctx, *upstream: _by_values(gradient_op, ctx, upstream[0]), setup_context=_save)
 gradient_op.register_autograd(no_second_derivative)
+
+
+class _Sums(torch.autograd.Function):
+    """`found` of `sums_op`, for a third of what an operator takes the host."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        found, *saved = _sums(*inputs)
+        *images, ctx.request = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*images, *saved)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient, *rest = _by_values(_gradient, ctx, upstream)
+        if gradient is not None and torch.is_grad_enabled():
+            gradient = OnlyOnce.apply(gradient, ctx.saved_tensors[0], upstream)
+        return gradient, *rest
 
 
 def segment_sums(
@@ -141,7 +162,8 @@ def segment_sums(
     if rest:
         ((others, more),) = rest
         counts = torch.cat([counts, more])
-    found, *_ = sums_op(values, target, valid, segments, others, counts, request)
+    inputs = values, target, valid, segments, others, counts, request
+    found = sums_op(*inputs)[0] if by_operators(values) else _Sums.apply(*inputs)
     if max_instances is not None:
         report(counts, max_instances)
     return [Found(*side.unbind(1)) for side in found.split(len(values))]

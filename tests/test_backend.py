@@ -17,8 +17,8 @@ def mask(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(3, 9, 11), (2, 4, 5, 6), (0, 4, 4), (2, 0, 4)])
 def test_opcheck(shape: tuple[int, ...]) -> None:
     full = 8 if len(shape) == 3 else 26
-    torch.library.opcheck(label_planes, (mask(*shape), None, full, 2))
-    torch.library.opcheck(label_planes, (mask(*shape).float() - 0.5, 0.25, full, 0))
+    torch.library.opcheck(label_planes.registered, (mask(*shape), None, full, 2))
+    torch.library.opcheck(label_planes.registered, (mask(*shape).float() - 0.5, 0.25, full, 0))
 
 
 def test_compiles_without_a_graph_break() -> None:

@@ -9,12 +9,13 @@ from unittest import mock
 
 import pytest
 import torch
+from fastinstance_kernels import launch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import fastinstance
 from bench import aot, sanitize
-from fastinstance import functional, fused
+from fastinstance import backend, components, functional, fused, regions, segments
 from fastinstance.functional import InstanceTerms
 
 READ = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "cpu"}
@@ -57,23 +58,32 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("operators", [True, False])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", LOSSES)
-def test_nothing_waits_for_the_device(name: str, options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_waits_for_the_device(
+    name: str, options: str, operators: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if options == "small components" and name in ("CC", "inverse-weighted"):
         options = "sigmoid"  # they have no `min_size`
     loss = LOSSES[name](**OPTIONS[options])
-    monkeypatch.setattr(functional, "backend_for", lambda tensor: "triton")
+    for module in (components, functional, regions):
+        monkeypatch.setattr(module, "backend_for", lambda tensor: "triton")
+    for module in (backend, fused, segments):
+        monkeypatch.setattr(module, "by_operators", lambda tensor: operators)
     onehot = OPTIONS[options].get("to_onehot_y", False)
     input = torch.empty(2, 3, 12, 33, device="meta", requires_grad=True)
     target = torch.empty(2, 1 if onehot else 3, 12, 33, device="meta")
     labels = torch.empty(2, 3, 12, 33, dtype=torch.int64, device="meta")
     valid = torch.empty(2, 1, 12, 33, dtype=torch.bool, device="meta")
-    with Waits() as waits:
+    launched = []
+    monkeypatch.setattr(launch, "check_device", lambda x: None)
+    with Waits() as waits, aot.intercepted(lambda kernel, *_: launched.append(kernel)):
         for given in ({}, {"valid_mask": valid}, {"target_labels": labels}):
             loss(input, target, **given).backward()
     assert input.grad is not None
     assert waits.found == []
+    assert bool(launched) != operators
 
 
 def test_counts_are_awaited_on_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:

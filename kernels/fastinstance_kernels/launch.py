@@ -88,10 +88,12 @@ class Step:
     """
 
     def __init__(self, *key: Hashable, others: Iterable[Tensor | None] = ()) -> None:
-        tensors = [x for x in (*key, *others) if isinstance(x, Tensor)]
+        addresses = 0
+        for part in (*key, *others):
+            if isinstance(part, Tensor):
+                addresses |= part.data_ptr()
         # Kernels are compiled for addresses that are multiples of 16, which all are, but for views of a caller.
-        aligned = not any(x.data_ptr() % 16 for x in tensors)
-        self._launches = _launches(tuple(map(_kind, key))) if aligned else {}
+        self._launches = {} if addresses % 16 else _launches(tuple(map(_kind, key)))
         self._next = 0
 
     def __call__(self, kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> None:
