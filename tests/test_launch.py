@@ -111,6 +111,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "elsewhere in memory": lambda: step(ALL, 2, 1, 9, 48, offset=1),
     "valid": lambda: step(ALL, 2, 1, 9, 33, valid_mask=lambda target: target > -1),
     "given": lambda: step(ALL, 2, 1, 9, 33, target_labels=lambda target: target.int()),
+    "integers": lambda: ALL(images(2, 1, 9, 33)[0], images(2, 1, 9, 33)[1].int()).backward(),
     "soft": lambda: step(SOFT, 2, 1, 9, 33),
     "none": lambda: step(NONE, 2, 1, 9, 33),
     "softmax": lambda: step(SOFTMAX, 2, 3, 9, 33),
