@@ -143,9 +143,8 @@ class InstanceMetrics(_Base):
         # Flat rows and a fixed dtype: torchmetrics gathers an empty float vector from a process without subjects.
         self.add_state("rows", [], dist_reduce_fx="cat")
         groups = 0 if self.by_volume is None else len(self.by_volume) + 1
-        self.add_state(
-            "groups", torch.zeros(channels, groups, len(VOLUME_SUMS), dtype=torch.float64), dist_reduce_fx="sum"
-        )
+        sums = torch.zeros(channels, groups, len(VOLUME_SUMS), dtype=torch.float64, device="cpu")
+        self.add_state("groups", sums, dist_reduce_fx="sum")
         self.set_dtype(torch.float64)
 
     def update(

@@ -178,7 +178,7 @@ def report(counts: Tensor, limit: int) -> None:
         return
     most, event = counts.amax(), None
     if counts.is_cuda:
-        most = torch.empty((), dtype=most.dtype, pin_memory=True).copy_(most, non_blocking=True)
+        most = torch.empty((), dtype=most.dtype, device="cpu", pin_memory=True).copy_(most, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(counts.device))  # not of the current device
     arrived = []

@@ -126,11 +126,10 @@ class Partition:
         def of(side: Side) -> _Runs:
             label = side.label.cpu().numpy()[first]
             own = np.flatnonzero(label)
-            at = _coordinates(torch.from_numpy(pixels[first[own]]), self.size)
-            row, run, *begin = (
-                x.to(self.pixels.device) for x in map(torch.as_tensor, (label[own] - 1, length[own], *at))
-            )
-            return _Runs(row, run, tuple(begin))
+            listed = (torch.from_numpy(array) for array in (label[own] - 1, length[own], pixels[first[own]]))
+            row, run, at = (one.to(self.pixels.device) for one in listed)
+            begin = _coordinates(at, self.size)
+            return _Runs(row, run, begin)
 
         return of(self.target), of(self.pred)
 

@@ -919,7 +919,7 @@ def instance_metrics(
         for b, c in batch_and_channel(pred)
     ]
     return {
-        name: torch.tensor([plane[name] for plane in planes], dtype=torch.float64).view(pred.shape[:2])
+        name: pred.new_tensor([plane[name] for plane in planes], dtype=torch.float64).view(pred.shape[:2])
         for name in planes[0]
     }
 

@@ -43,12 +43,13 @@ def summarise(values: Tensor, *, confidence: float = 0.95, resamples: int = 1000
     if subjects == 0:
         nothing = torch.full_like(mean, float("nan")).view(shape)
         return Summary(nothing, nothing, nothing, nothing)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers whatever the device
     means = []
     for start in range(0, resamples, step := max(1, _PIECE // subjects)):
-        drawn = torch.randint(subjects, (min(step, resamples - start), subjects), generator=generator)
-        weight = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
-        weight = weight.to(flat.device)
+        size = min(step, resamples - start), subjects
+        drawn = torch.randint(subjects, size, generator=generator, device="cpu")
+        one = torch.ones_like(drawn, dtype=torch.float64)
+        weight = torch.zeros_like(one).scatter_add_(1, drawn, one).to(flat.device)
         means.append((weight @ flat) / (weight @ there.double()))
     tail = (1 - confidence) / 2
     low, high = torch.cat(means).nanquantile(flat.new_tensor([tail, 1 - tail]), 0)
