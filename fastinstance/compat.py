@@ -40,6 +40,7 @@ from .ops import DenseSums, InstanceSums, instance_sums
 from .partition import Partition, Side, partition
 from .pixel import Dice, Sums, check_not_negative
 from .terms import Features
+from .torch_func import differentiable
 
 __all__ = ["InstanceCenterLoss", "InstanceLoss", "compute_blob_loss_multi"]
 
@@ -165,6 +166,7 @@ class _AuthorsLoss(nn.Module):
             )
         return p.masked_fill(hard, 1).masked_fill(~hard, 0)
 
+    @differentiable
     def _terms(self, outputs: Tensor, labels: Tensor, cc_label_batch: Tensor | None, proximity: bool) -> list[Tensor]:
         self._check()
         self._check_images(outputs, labels, cc_label_batch)
@@ -589,6 +591,7 @@ def _labelled_within(part: Partition, side: Side, steps: int) -> bool:
     return bool(reached.all())
 
 
+@differentiable
 def compute_blob_loss_multi(
     criterion: Callable[[Tensor, Tensor], Tensor], network_outputs: Tensor, multi_label: Tensor
 ) -> Tensor:

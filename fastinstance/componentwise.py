@@ -26,6 +26,7 @@ from .pixel import Pointwise, SeparableLoss, Sums, check_not_negative
 from .planes import Planes
 from .regions import nearest_component
 from .segments import Found, number_ids, segment_sums
+from .torch_func import differentiable
 
 __all__ = ["CCLoss", "CCOptions", "ComponentMILLoss", "ComponentOptions", "ComponentTverskyLoss", "LesionRecallLoss"]
 
@@ -116,6 +117,7 @@ class _Maps:
 class _ComponentLoss(BaseLoss):
     """A weighted sum of means over components, from sums over segments: those of torch, or of the kernels."""
 
+    @differentiable
     def forward(
         self,
         input: Tensor,
@@ -196,6 +198,7 @@ class CCLoss(_ComponentLoss):
             )
         self._set(CCOptions, options, pixel_loss=pixel_loss)
 
+    @differentiable
     def forward(
         self,
         input: Tensor,

@@ -43,6 +43,7 @@ from .partition import Partition, partition
 from .pixel import Dice, InverseWeightedDice, SeparableLoss, Sums, check_not_negative
 from .planes import Planes, activate, to_planes
 from .terms import BlobTerms, InstanceTerms
+from .torch_func import differentiable
 
 __all__ = ["BlobTerms", "InstanceTerms", "blob_terms", "instance_terms", "label", "pixel_loss"]
 
@@ -459,6 +460,7 @@ def over_ranks(
     return {name: value * factors[place.get(name, 0)].to(value.dtype) for name, value in found.items()}
 
 
+@differentiable
 def weighted_sum(
     settings: Settings,
     weights: Mapping[str, float],
@@ -479,6 +481,7 @@ def weighted_sum(
     return sum(rest, first)
 
 
+@differentiable
 def evaluate(
     settings: Settings,
     wanted: Collection[str],
@@ -732,6 +735,7 @@ def pixel_loss(
     return evaluate(settings, ("seg",), input, target, target_labels, valid_mask)["seg"]
 
 
+@differentiable
 def evaluate_blob(
     settings: Settings,
     input: Tensor,

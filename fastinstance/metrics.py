@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .checks import check_per_axis
 from .matching import Instances, Matches, match_instances
+from .torch_func import differentiable
 
 __all__ = [
     "METRICS",
@@ -147,6 +148,7 @@ def volume_sums(matches: Matches, edges_ml: Sequence[float], voxel_ml: float) ->
     return sums.view(matches.batch, matches.channels, groups, len(VOLUME_SUMS))
 
 
+@differentiable
 def instance_metrics(
     pred: Tensor,
     target: Tensor,

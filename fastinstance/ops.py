@@ -72,7 +72,8 @@ def instance_sums(
         `[rows, columns]` float64 table per table of `instances`. The gradient with respect to `values` is analytic and
         gathered in one pass; a second derivative raises RuntimeError.
     """
-    tables = _Sums.apply(values, logits, dense, instances)
+    anchor = values[:1, :1].clone()  # for a second derivative to find, without keeping `values`
+    tables = _Sums.apply(values, anchor, logits, dense, instances)
     return list(tables[: len(dense)]), list(tables[len(dense) :])
 
 
@@ -262,7 +263,12 @@ def _instance_gradient(
 class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, logits: bool, dense: tuple[DenseSums, ...], instances: InstanceSums | None
+        ctx: Any,
+        values: Tensor,
+        anchor: Tensor,
+        logits: bool,
+        dense: tuple[DenseSums, ...],
+        instances: InstanceSums | None,
     ) -> tuple[Tensor, ...]:
         keep = ctx.needs_input_grad[0]
         values = values.contiguous()
@@ -278,6 +284,7 @@ class _Sums(torch.autograd.Function):
             for rows, n_rows in instances.tables:
                 columns = [torch.bincount(rows, weights=column, minlength=n_rows).double() for column in wide]
                 tables.append(torch.stack(columns, 1))
+        ctx.save_for_backward(anchor)
         ctx.logits, ctx.dense, ctx.instances = logits, dense, instances
         ctx.saved, ctx.slopes = (saved, slopes) if keep else ([], [])
         ctx.like = values.new_empty(()).expand(values.shape)
@@ -288,8 +295,9 @@ class _Sums(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         given = [u for u in upstream if u is not None]
         if not given:
-            return None, None, None, None
-        return OnlyOnce.apply(_Sums._gradient(ctx, upstream), *given), None, None, None
+            return None, None, None, None, None
+        gradient = OnlyOnce.apply(_Sums._gradient(ctx, upstream), *ctx.saved_tensors, *given)
+        return gradient, None, None, None, None
 
     @staticmethod
     @torch.no_grad()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import from the layers above its own in this list (and from its own).
 LAYERS = [
     {"backend", "boxes", "checks", "criteria", "files", "fused", "graphs", "pixel", "ranks", "segments", "summary"},
-    {"components", "ops", "parallel", "planes", "regions"},
+    {"components", "ops", "parallel", "planes", "regions", "torch_func"},
     {"partition"},
     {"masked", "matching", "terms"},
     {"functional", "reference"},

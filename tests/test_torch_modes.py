@@ -1,13 +1,15 @@
-"""What torch can do around a loss: another default device."""
+"""What torch can do around a loss: another default device, `torch.func`, checkpoints, several backward passes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fastinstance
 from fastinstance import InstanceTerms, compat, functional, reference
@@ -79,3 +81,99 @@ def test_another_default_device(name: str) -> None:
     with torch.device("meta"):
         found = ON_THE_CPU[name]()
     assert_close(found, expected, rtol=0, atol=0)
+
+
+class Head(torch.nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(2, 2, 3, padding=1, dtype=torch.float64)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "all terms": fastinstance.InstanceLoss(**EVERY, sigmoid=True, missed="soft"),
+    "linear": fastinstance.FocalLoss(sigmoid=True),
+    "callables": lambda x, y: fastinstance.InstanceLoss(
+        sigmoid=True, seg=1, instance_gt=1, center=1, pixel_loss=brier, instance_loss=brier, center_loss=brier
+    )(x, y),
+    "blob": fastinstance.BlobLoss(sigmoid=True),
+    "CC": fastinstance.CCLoss(sigmoid=True),
+    "MIL": fastinstance.ComponentMILLoss(sigmoid=True),
+    "recall": fastinstance.LesionRecallLoss(sigmoid=True),
+    "Tversky": fastinstance.ComponentTverskyLoss(sigmoid=True),
+    "function": lambda x, y: functional.instance_terms(x, y, sigmoid=True, target_labels=LABELS).proximity,
+    "compat": compat_terms,
+    "compat blob": lambda x, _: compat.compute_blob_loss_multi(
+        fastinstance.DiceLoss(sigmoid=True), x[:, :1], LABELS[:, :1]
+    ),
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=list(LOSSES))
+quiet = pytest.mark.filterwarnings("ignore:.*is called on:UserWarning")
+
+
+@quiet
+@every_loss
+def test_grad_of_parameters(loss: Callable[..., Tensor]) -> None:
+    """`functional_call` and `grad`, as in meta-learning; metrics on the way; the target as the function makes it."""
+    head = Head()
+    parameters = dict(head.named_parameters())
+
+    def step(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logits = torch.func.functional_call(head, parameters, LOGITS)
+        return loss(logits, (TARGET > 0).float()), fastinstance.instance_metrics(logits > 0, TARGET)["pq"]
+
+    found, (value, pq) = torch.func.grad_and_value(step, has_aux=True)(parameters)
+    logits = head(LOGITS)
+    expected = loss(logits, TARGET)
+    expected.backward()
+    assert_close(value, expected, rtol=0, atol=0)
+    assert_close(pq, fastinstance.instance_metrics(logits > 0, TARGET)["pq"], rtol=0, atol=0)
+    assert_close(found, {name: parameter.grad for name, parameter in parameters.items()})
+
+
+def test_vjp_of_several_results() -> None:
+    """Only what is asked for, any number of times."""
+    terms, pull = torch.func.vjp(lambda x: functional.instance_terms(x, TARGET, sigmoid=True), LOGITS)
+    nothing = torch.zeros((), dtype=torch.float64)
+    for name in InstanceTerms._fields:
+        ones = terms._make(nothing + (field == name) for field in InstanceTerms._fields)
+        leaf = LOGITS.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(getattr(functional.instance_terms(leaf, TARGET, sigmoid=True), name), leaf)
+        assert_close(pull(ones)[0], expected)
+
+
+@quiet
+@every_loss
+def test_no_second_derivative(loss: Callable[..., Tensor]) -> None:
+    """An error, also of a loss that is linear in its sums; never a silent zero."""
+    leaf = LOGITS.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf, TARGET), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.square().sum().backward()
+    slope = torch.func.grad(lambda x: loss(x, TARGET))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.func.grad(lambda x: slope(x).square().sum())(LOGITS)
+
+
+@quiet
+@every_loss
+def test_what_is_refused(loss: Callable[..., Tensor]) -> None:
+    for transform, input in ((torch.func.vmap, LOGITS[None]), (torch.func.jacrev, LOGITS)):
+        with pytest.raises(RuntimeError, match=r"got tensors under torch\.func\.vmap .*reduction='none'"):
+            transform(lambda x: loss(x, TARGET))(input)
+    with pytest.raises(RuntimeError, match=r"reverse mode, got a forward mode .*use torch\.func\.grad"):
+        torch.func.jvp(lambda x: loss(x, TARGET), (LOGITS,), (LOGITS,))
+
+
+@quiet
+@every_loss
+def test_graphs_that_are_kept(loss: Callable[..., Tensor]) -> None:
+    """The backward pass again, after a checkpoint, and with saved tensors elsewhere."""
+    _, expected = gradient(loss)
+    leaf = LOGITS.clone().requires_grad_()
+    value = loss(leaf, TARGET)
+    for _ in range(2):
+        (found,) = torch.autograd.grad(value, leaf, retain_graph=True)
+        assert_close(found, expected, rtol=0, atol=0)
+    for reentrant in (True, False):
+        assert_close(gradient(partial(checkpoint, loss, use_reentrant=reentrant))[1], expected)
+    with torch.autograd.graph.save_on_cpu():
+        assert_close(gradient(loss)[1], expected)
