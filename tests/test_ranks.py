@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from fastinstance import rank_methods
-from fastinstance.ranks import RANKED
+from fastinstance import instance_metrics, rank_methods
+from fastinstance.metrics import METRICS
 
 NAMES = ("pq", "dsc", "vol_diff", "fdr", "fnr", "ppv", "sen", "f1")
 TABLE_1A = {
@@ -56,8 +57,10 @@ def test_missing_metrics_are_left_out():
 @pytest.mark.parametrize(
     ("methods", "words"),
     [
-        ({}, "at least one method"),
+        ({}, "expected methods with at least one"),
         ({"a": {"dice": 1}}, "got dice of 'a'"),
+        ({"a": {"n_target": 4, "f1": 1, "n_pred": 3}}, "got n_pred, n_target of 'a'; leave out"),
+        ({"a": {1: 2, None: 3}}, "got 1, None of 'a'"),
         ({"a": {"f1": math.inf}}, "finite number, got inf"),
         ({"a": {"f1": "0.5"}}, "finite number, got '0.5'"),
     ],
@@ -72,5 +75,39 @@ def test_numbers_of_numpy():
     assert [type(found[name]["ranks"]["pq"]) for name in "ab"] == [float, float]
 
 
+@pytest.mark.parametrize("digits", [-1, 1.5, True, "1", math.nan])
+def test_digits(digits):
+    with pytest.raises(ValueError, match="expected digits to be an integer >= 0 or None, got"):
+        rank_methods(METHODS, digits=digits)
+
+
+@pytest.mark.parametrize("methods", [None, 3, "x", [], {"a": 1}, {"a": None}])
+def test_no_methods(methods):
+    with pytest.raises(TypeError, match="expected methods to map each method to its values by metric, got"):
+        rank_methods(methods)
+
+
 def test_every_metric_has_a_direction():
-    assert tuple(RANKED) == NAMES
+    """A perfect prediction is best in all that `instance_metrics` returns and that has an order."""
+    target = torch.zeros(1, 1, 8, 8)
+    target[..., :3, :3] = target[..., 5:, 5:] = target[..., 0, 6] = 1
+    wrong = torch.zeros_like(target)
+    wrong[..., :3, 1:5] = wrong[..., 6, :3] = 1
+    found = {name: instance_metrics(pred, target) for name, pred in {"right": target, "wrong": wrong}.items()}
+    means = {
+        name: {k: v.item() for k, v in of.items() if k not in ("n_target", "n_pred")} for name, of in found.items()
+    }
+    ranks = rank_methods(means)
+    assert set(ranks["right"]["ranks"]) == set(METRICS) - {"n_target", "n_pred"}
+    assert set(ranks["right"]["ranks"].values()) == {1}
+    assert set(ranks["wrong"]["ranks"].values()) == {2}
+
+
+def test_further_metrics_are_not_in_the_means():
+    further = {"sq": 0.5, "rq": 0.5, "n_missed": 3, "n_false": 2, "vol_diff_ml": 4, "vol_diff_percent": 9}
+    more = {method: {**metrics, **further} for method, metrics in METHODS.items()}
+    for mean in ("RA", "RG", "RI"):
+        assert [result[mean] for result in rank_methods(more).values()] == column(mean)
+    in_ml = {m: {"vol_diff_ml" if k == "vol_diff" else k: v for k, v in of.items()} for m, of in METHODS.items()}
+    for mean in ("RA", "RG", "RI"):
+        assert [result[mean] for result in rank_methods(in_ml).values()] == column(mean)
