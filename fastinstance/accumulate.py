@@ -5,7 +5,6 @@ Where torchmetrics is installed, this is one of its metrics; nothing else in the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checks import check_connectivity, check_volumes
 from .matching import check_matching, match_instances
 from .metrics import (
     METRICS,
@@ -123,7 +123,8 @@ class InstanceMetrics(_Base):
     ) -> None:
         check_matching(matching, threshold, min_size)
         check_zero_division(zero_division)
-        check_summary(confidence, resamples)
+        check_summary(confidence, resamples, seed)
+        check_connectivity(connectivity)
         if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
             raise ValueError(f"expected channels to be an integer >= 1, got {channels!r}")
         if spacing is not None:
@@ -132,7 +133,7 @@ class InstanceMetrics(_Base):
         self.channels = channels
         self.spacing = spacing
         self.zero_division = zero_division
-        self.by_volume = None if by_volume is None else _check_edges(by_volume)
+        self.by_volume = None if by_volume is None else check_volumes("by_volume", by_volume, least=1)
         self._match: dict[str, Any] = {
             "connectivity": connectivity,
             "matching": matching,
@@ -208,14 +209,6 @@ class InstanceMetrics(_Base):
         """Names of the size groups, in mL: "< 0.05", "0.05-0.1", ..., ">= 1"."""
         edges = [f"{edge:g}" for edge in self.by_volume or ()]
         return [f"< {edges[0]}", *map("-".join, pairwise(edges)), f">= {edges[-1]}"] if edges else []
-
-
-def _check_edges(edges: Sequence[float]) -> tuple[float, ...]:
-    values = tuple(float(edge) for edge in edges)
-    bounds = (0.0, *values, math.inf)
-    if not values or not all(low < high for low, high in pairwise(bounds)):
-        raise ValueError(f"expected by_volume to be ascending volumes above 0 in mL, got {edges!r}")
-    return values
 
 
 def _of_groups(sums: Tensor, zero_division: float) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = [
     "check_binary",
     "check_choice",
     "check_connectivity",
+    "check_flags",
     "check_floating",
     "check_id_range",
     "check_images",
@@ -33,6 +35,7 @@ __all__ = [
     "check_size",
     "check_threshold",
     "check_values",
+    "check_volumes",
     "comparable",
     "debug_checks",
     "reads_values",
@@ -55,6 +58,7 @@ def debug_checks(enabled: bool = True) -> None:
     On the CPU these checks are always on.
     """
     global _debug
+    check_flags(enabled=enabled)
     _debug = bool(enabled)
 
 
@@ -70,6 +74,13 @@ def _shape(tensor: Tensor) -> str:
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_flags(**flags: object) -> None:
+    """Switches are booleans (or 0 and 1): any text is true, even "False"."""
+    for name, value in flags.items():
+        if not isinstance(value, int | np.bool_) or value not in (0, 1):
+            raise TypeError(f"expected {name} to be True or False, got {value!r}")
 
 
 def check_threshold(name: str, value: object) -> None:
@@ -97,8 +108,13 @@ def check_activation(*, sigmoid: bool, softmax: bool, other_act: object) -> None
         )
 
 
-def check_connectivity(connectivity: int | None, axes: int) -> int:
-    """The connectivity to use for images of `axes` axes; None stands for full connectivity."""
+def check_connectivity(connectivity: int | None, axes: int | None = None) -> int:
+    """The connectivity to use for images of `axes` axes; None stands for full connectivity.
+
+    Without `axes` it is checked that there are images which it fits, 2D ones if nothing is said.
+    """
+    if axes is None:
+        axes = 3 if connectivity in CONNECTIVITIES[3] else 2
     choices = CONNECTIVITIES[axes]
     if connectivity is None:
         return choices[-1]
@@ -118,6 +134,17 @@ def check_per_axis(name: str, value: object, axes: int, *, integer: bool) -> tup
         kind = "integer" if integer else "number"
         raise ValueError(f"expected {name} to be a positive {kind} or {axes} of them (one per axis), got {value!r}")
     return tuple((int if integer else float)(v) for v in values)
+
+
+def check_volumes(name: str, edges: object, least: int = 0) -> tuple[float, ...]:
+    """Edges of size groups, at least so many."""
+    try:
+        values = (math.nan,) if isinstance(edges, str | bytes) else tuple(map(float, edges))  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):
+        values = (math.nan,)
+    if len(values) < least or not all(low < high for low, high in pairwise((0.0, *values, math.inf))):
+        raise ValueError(f"expected {name} to be ascending volumes above 0 in mL, got {edges!r}")
+    return values
 
 
 def check_mask(mask: Tensor) -> None:

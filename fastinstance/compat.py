@@ -25,6 +25,7 @@ from .checks import (
     MAX_ID,
     check_binary,
     check_choice,
+    check_flags,
     check_floating,
     check_id_range,
     check_not_empty,
@@ -92,6 +93,8 @@ class _AuthorsLoss(nn.Module):
         check_choice("activation", self.activation, ("sigmoid", "softmax", "none"))
         check_choice("reduce_segmentation", self.reduce, ("mean", "sum"))
         check_choice("instance_wise_reduce", self.instance_wise_reduce, ("instance", "data"))
+        flags = ("instance_wise_loss_no_tp", "rate_instead_number", "weighted_instance_wise", "weighted_fdr")
+        check_flags(**{name: getattr(self, name) for name in flags})
         check_threshold("segmentation_threshold", self.segmentation_threshold)
         check_size("num_iterations", self.num_iterations, "iterations")
         check_size("max_cc_out", self.max_cc_out, "instances")

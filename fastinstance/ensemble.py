@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from .checks import check_connectivity, check_mask, reads_values
+from .checks import check_connectivity, check_mask, check_volumes, reads_values
 from .components import components_at, foreground
 from .metrics import least_pixels, voxel_volume
 
@@ -44,7 +44,10 @@ def volume_ensemble(
             0 and 1.
         TypeError: masks that are no tensors or complex.
     """
-    return band_ensemble([small, large], [threshold_ml], spacing=spacing, connectivity=connectivity)
+    number = isinstance(threshold_ml, Real) and not isinstance(threshold_ml, bool)
+    if not number or not 0 < threshold_ml < math.inf:
+        raise ValueError(f"expected threshold_ml to be a volume above 0 in mL, got {threshold_ml!r}")
+    return _merge({"small": small, "large": large}, (float(threshold_ml),), spacing, connectivity)
 
 
 def band_ensemble(
@@ -60,26 +63,34 @@ def band_ensemble(
     the next edge, and so on. Several models may serve a band together: pass their `majority_vote`. The other arguments,
     the result and the errors are those of `volume_ensemble`.
     """
-    _check_masks(masks)
-    check_mask(masks[0])
-    if len(edges_ml) != len(masks) - 1:
-        raise ValueError(f"expected one edge less than masks, got {len(edges_ml)} edges for {len(masks)} masks")
-    edges = [0.0, *edges_ml, math.inf]
-    if not all(low < high for low, high in pairwise(edges)):
-        raise ValueError(f"expected ascending volumes above 0 in mL, got {tuple(edges_ml)!r}")
-    axes = masks[0].ndim - 2
+    listed, edges = _listed(masks), check_volumes("edges_ml", edges_ml)
+    if len(edges) != len(listed) - 1:
+        raise ValueError(f"expected edges_ml with one less than masks, got {len(edges)} for {len(listed)} masks")
+    return _merge(listed, edges, spacing, connectivity)
+
+
+def _merge(
+    masks: Mapping[str, Tensor],
+    edges_ml: Sequence[float],
+    spacing: float | Sequence[float] | None,
+    connectivity: int | None,
+) -> Tensor:
+    """`band_ensemble` of masks by the names of the arguments that they are."""
+    first = _check_masks(masks)
+    check_mask(first)
+    axes = first.ndim - 2
     connectivity = check_connectivity(connectivity, axes)
     voxel_ml = voxel_volume(spacing, axes)
-    least = [least_pixels(edge, voxel_ml) for edge in edges[:-1]]
-    union = torch.zeros(masks[0].shape, dtype=torch.bool, device=masks[0].device)
-    for mask, low, below in zip(masks, least, [*least[1:], None], strict=True):
+    least = [least_pixels(edge, voxel_ml) for edge in (0.0, *edges_ml)]
+    union = torch.zeros(first.shape, dtype=torch.bool, device=first.device)
+    for mask, low, below in zip(masks.values(), least, [*least[1:], None], strict=True):
         inside = _inside(mask).flatten(0, 1)
         pixels = foreground(inside)
         label, _ = components_at(inside, pixels, connectivity)
         size = torch.bincount(label)[label]
         kept = size >= low if below is None else (size >= low) & (size < below)
         union.view(-1)[pixels[kept]] = True
-    return union.to(masks[0].dtype)
+    return union.to(first.dtype)
 
 
 def majority_vote(masks: Sequence[Tensor] | Tensor) -> Tensor:
@@ -95,12 +106,12 @@ def majority_vote(masks: Sequence[Tensor] | Tensor) -> Tensor:
         ValueError: no mask, shapes or devices that differ; on the CPU values between 0 and 1.
         TypeError: masks that are no tensors or complex.
     """
-    masks = list(masks)
-    _check_masks(masks)
-    votes = torch.zeros(masks[0].shape, dtype=torch.int32, device=masks[0].device)
-    for mask in masks:
+    listed = _listed(masks)
+    first = _check_masks(listed)
+    votes = torch.zeros(first.shape, dtype=torch.int32, device=first.device)
+    for mask in listed.values():
         votes += _inside(mask)
-    return (2 * votes > len(masks)).to(masks[0].dtype)
+    return (2 * votes > len(listed)).to(first.dtype)
 
 
 def _inside(mask: Tensor) -> Tensor:
@@ -112,16 +123,27 @@ def _inside(mask: Tensor) -> Tensor:
     return mask.bool() & ~mask.isnan()
 
 
-def _check_masks(masks: Sequence[Tensor]) -> None:
-    if len(masks) == 0:
-        raise ValueError("expected at least one mask, got none")
-    first = masks[0]
-    for mask in masks:
+def _listed(masks: object) -> dict[str, Tensor]:
+    """Masks by their place in the argument `masks`."""
+    if not isinstance(masks, Iterable) or isinstance(masks, str | bytes):
+        raise TypeError(f"expected masks to be a list of tensors, got {type(masks).__name__}")
+    return {f"masks[{place}]": mask for place, mask in enumerate(masks)}
+
+
+def _check_masks(masks: Mapping[str, Tensor]) -> Tensor:
+    """The first of some masks that fit each other."""
+    if not masks:
+        raise ValueError("expected masks with at least one, got none")
+    (like, first), *_ = masks.items()
+    for name, mask in masks.items():
         if not isinstance(mask, Tensor):
-            raise TypeError(f"expected masks to be tensors, got {type(mask).__name__}")
+            raise TypeError(f"expected {name} to be a tensor, got {type(mask).__name__}")
         if mask.is_complex():
-            raise TypeError(f"expected masks of a real dtype, got {mask.dtype}")
+            raise TypeError(f"expected {name} of a real dtype, got {mask.dtype}")
         if mask.shape != first.shape:
-            raise ValueError(f"expected masks of one shape, got {tuple(first.shape)} and {tuple(mask.shape)}")
+            raise ValueError(f"expected {name} of the shape of {like}, {tuple(first.shape)}, got {tuple(mask.shape)}")
         if mask.device != first.device:
-            raise ValueError(f"expected masks on one device, got {first.device} and {mask.device}; move one of them")
+            raise ValueError(
+                f"expected {name} on the device of {like}, {first.device}, got {mask.device}; move one of them"
+            )
+    return first

@@ -23,6 +23,7 @@ from .checks import (
     check_activation,
     check_choice,
     check_connectivity,
+    check_flags,
     check_images,
     check_mask,
     check_max_instances,
@@ -79,6 +80,8 @@ class Settings:
     """With a process group: the settings as every rank would write them, without addresses."""
 
     def __post_init__(self) -> None:
+        flags = ("include_background", "to_onehot_y", "sigmoid", "softmax", "mask_target")
+        check_flags(**{name: getattr(self, name) for name in flags})
         check_activation(sigmoid=self.sigmoid, softmax=self.softmax, other_act=self.other_act)
         check_choice("average", self.average, ("instance", "image"))
         check_choice("pred_normalizer", self.pred_normalizer, ("pred", "gt"))

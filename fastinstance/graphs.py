@@ -25,8 +25,13 @@ def make_graphed(loss: nn.Module, sample_input: Tensor, sample_target: Tensor) -
 
     Raises:
         ValueError: the samples are not on a GPU.
+        TypeError: they are no tensors.
     """
-    for name, sample in (("sample_input", sample_input), ("sample_target", sample_target)):
+    samples = {"sample_input": sample_input, "sample_target": sample_target}
+    for name, sample in samples.items():
+        if not isinstance(sample, Tensor):
+            raise TypeError(f"expected {name} to be a tensor, got {type(sample).__name__}")
+    for name, sample in samples.items():
         if not sample.is_cuda:
             raise ValueError(f"expected {name} on a CUDA device, got {sample.device}; on the CPU call the loss itself")
     graphed = torch.cuda.make_graphed_callables(loss, (sample_input, sample_target))

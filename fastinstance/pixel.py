@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_flags
+
 __all__ = [
     "EPS",
     "NAMES",
@@ -200,6 +202,7 @@ class Dice(SeparableLoss):
 
     def __post_init__(self) -> None:
         check_not_negative(smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
+        check_flags(squared_pred=self.squared_pred, jaccard=self.jaccard)
 
     @property
     def form(self) -> Form:

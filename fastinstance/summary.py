@@ -21,11 +21,13 @@ class Summary(NamedTuple):
     high: Tensor
 
 
-def check_summary(confidence: float, resamples: int) -> None:
+def check_summary(confidence: float, resamples: int, seed: int) -> None:
     if not isinstance(confidence, int | float) or not 0 < confidence < 1:
         raise ValueError(f"expected confidence strictly between 0 and 1, got {confidence!r}")
     if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
         raise ValueError(f"expected resamples to be an integer >= 1, got {resamples!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"expected seed to be an integer from 0 to 2**64 - 1, got {seed!r}")
 
 
 def summarise(values: Tensor, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0) -> Summary:

@@ -75,17 +75,17 @@ def test_the_dtype_survives(dtype: torch.dtype) -> None:
 
 M = mask("##.#")
 WRONG: list[tuple[Any, type[Exception], str]] = [
-    (lambda: volume_ensemble(M, M[..., 1:], spacing=1), ValueError, "one shape"),
-    (lambda: volume_ensemble(M, M.to("meta"), spacing=1), ValueError, "one device"),
+    (lambda: volume_ensemble(M, M[..., 1:], spacing=1), ValueError, "expected large of the shape of small"),
+    (lambda: volume_ensemble(M, M.to("meta"), spacing=1), ValueError, "expected large on the device of small"),
     (lambda: volume_ensemble(M[0], M[0], spacing=1), ValueError, "add the missing axes"),
-    (lambda: volume_ensemble(M, None, spacing=1), TypeError, "NoneType"),  # pyright: ignore[reportArgumentType]
+    (lambda: volume_ensemble(M, None, spacing=1), TypeError, "expected large to be a tensor, got None"),  # pyright: ignore[reportArgumentType]
     (lambda: volume_ensemble(M, M, spacing=-1), ValueError, "spacing"),
-    (lambda: volume_ensemble(M, M, threshold_ml=0, spacing=1), ValueError, "ascending volumes above 0"),
+    (lambda: volume_ensemble(M, M, threshold_ml=0, spacing=1), ValueError, "threshold_ml to be a volume above 0"),
     (lambda: volume_ensemble(M, M, spacing=1, connectivity=5), ValueError, "connectivity"),
-    (lambda: band_ensemble([M, M, M], [0.1], spacing=1), ValueError, "1 edges for 3 masks"),
-    (lambda: band_ensemble([M, M, M], [0.2, 0.1], spacing=1), ValueError, "ascending"),
-    (lambda: majority_vote([]), ValueError, "at least one mask"),
-    (lambda: majority_vote([M, M[..., :2]]), ValueError, "one shape"),
+    (lambda: band_ensemble([M, M, M], [0.1], spacing=1), ValueError, "edges_ml .* got 1 for 3 masks"),
+    (lambda: band_ensemble([M, M, M], [0.2, 0.1], spacing=1), ValueError, "edges_ml to be ascending"),
+    (lambda: majority_vote([]), ValueError, "expected masks with at least one"),
+    (lambda: majority_vote([M, M[..., :2]]), ValueError, r"masks\[1\] of the shape of masks\[0\]"),
     (lambda: majority_vote([M * 0.3]), ValueError, "mask >= 0.5 for probabilities"),
     (lambda: volume_ensemble(M, M * 0.3, spacing=1), ValueError, "mask >= 0.5 for probabilities"),
     (lambda: majority_vote([M.to(torch.complex64)]), TypeError, "real dtype"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastinstance
-from fastinstance import functional
+from fastinstance import compat, functional
 from fastinstance.testing import pattern
 
 NAN, INF = float("nan"), float("inf")
@@ -383,3 +383,95 @@ def test_a_refused_call_leaves_its_tensors_alone() -> None:
     with pytest.raises(ValueError, match="expected target to hold only 0 and 1"):
         functional.instance_terms(*tensors, sigmoid=True)
     assert all(torch.equal(one, other) for one, other in zip(tensors, kept, strict=True))
+
+
+WRONG_KINDS = (None, True, "x", -1, NAN, INF, [], (), object(), 3.5, {}, b"x", 1 + 2j)
+"""What somebody may hand over by mistake; what an argument takes is said beside it."""
+MASK = TARGET > 0
+CRITERION = fastinstance.DiceLoss()
+FITS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, tuple[object, ...]]]] = {
+    # callable, a good call, and for each argument which of these it takes
+    "InstanceLoss": (
+        lambda **options: fastinstance.InstanceLoss(**options)(LOGITS, TARGET),
+        {"sigmoid": True},
+        {
+            **dict.fromkeys(("seg", "instance_gt", "center", "proximity"), (True, -1, 3.5)),
+            **dict.fromkeys(("include_background", "mask_target", "sigmoid"), (True,)),
+            **dict.fromkeys(("softmax", "to_onehot_y"), ()),
+            **dict.fromkeys(("connectivity", "max_instances", "other_act", "process_group"), (None,)),
+            **dict.fromkeys(("average", "missed", "pixel_loss", "reduction", "min_size", "threshold", "weight_by"), ()),
+            "spacing": (None, 3.5),
+        },
+    ),
+    "DiceLoss": (
+        lambda **options: fastinstance.DiceLoss(sigmoid=True, **options)(LOGITS, TARGET),
+        {},
+        {**dict.fromkeys(("squared_pred", "jaccard"), (True,)), "smooth_nr": (True, 3.5)},
+    ),
+    "CCLoss": (
+        fastinstance.CCLoss(sigmoid=True),
+        {"input": LOGITS, "target": TARGET},
+        {"input": (), "target": (), "target_labels": (None,), "target_regions": (None,), "valid_mask": (None,)},
+    ),
+    "InstanceMetrics": (
+        lambda **options: fastinstance.InstanceMetrics(**options).update(MASK, TARGET),
+        {"channels": 2},
+        {
+            **dict.fromkeys(("matching", "threshold", "min_size", "confidence", "resamples", "seed", "channels"), ()),
+            **dict.fromkeys(("connectivity", "by_volume"), (None,)),
+            "spacing": (None, 3.5),
+            "zero_division": (True, NAN),
+        },
+    ),
+    "instance_metrics": (
+        fastinstance.instance_metrics,
+        {"pred": MASK, "target": TARGET},
+        {"pred": (), "target": (), "pred_labels": (None,), "target_labels": (None,), "connectivity": (None,)},
+    ),
+    "label": (fastinstance.label, {"mask": MASK}, {"mask": (), "connectivity": (None,), "min_size": ()}),
+    "voronoi": (fastinstance.voronoi, {"labels": LABELS}, {"labels": (), "spacing": (None, 3.5)}),
+    "majority_vote": (fastinstance.majority_vote, {}, {"masks": ()}),
+    "volume_ensemble": (
+        fastinstance.volume_ensemble,
+        {"small": MASK, "large": MASK, "spacing": 1.0},
+        {"small": (), "large": (), "threshold_ml": (3.5,), "spacing": (None, 3.5), "connectivity": (None,)},
+    ),
+    "band_ensemble": (
+        fastinstance.band_ensemble,
+        {"masks": [MASK, MASK], "edges_ml": [0.1], "spacing": 1.0},
+        {"masks": (), "edges_ml": (), "spacing": (None, 3.5)},
+    ),
+    "compat.InstanceLoss": (
+        lambda **options: compat.InstanceLoss(
+            CRITERION, CRITERION, CRITERION, **{"activation": "none", "spatial_dims": 2, "mul_too_many": INF, **options}
+        ),
+        {},
+        {
+            **dict.fromkeys(("instance_wise_loss_no_tp", "rate_instead_number", "weighted_fdr"), (True,)),
+            **dict.fromkeys(("activation", "spatial_dims", "reduce_segmentation", "min_instance_size"), ()),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_wrong_kinds(name: str) -> None:
+    """Whatever an argument is given: it is taken, or the error names it and says what came."""
+    function, good, arguments = FITS[name]
+    for argument, fitting in arguments.items():
+        for kind in WRONG_KINDS:
+            if any(kind is one for one in fitting):
+                function(**{**good, argument: kind})
+                continue
+            with pytest.raises((ValueError, TypeError)) as caught:
+                function(**{**good, argument: kind})
+            check_message(caught.value, [argument])
+
+
+def test_wrong_kinds_elsewhere() -> None:
+    with pytest.raises(TypeError, match="expected sample_target to be a tensor, got list"):
+        fastinstance.make_graphed(CRITERION, torch.empty(0, device="meta"), [])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="expected enabled to be True or False, got 'False'"):
+        fastinstance.debug_checks("False")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"expected masks\[1\] to be a tensor, got None"):
+        fastinstance.majority_vote([MASK, None])  # pyright: ignore[reportArgumentType]
