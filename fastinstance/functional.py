@@ -88,6 +88,11 @@ class Settings:
         check_choice("reduction", self.reduction, ("mean", "sum", "none"))
         check_choice("missed", self.missed, ("none", "soft"))
         check_not_negative(missed_weight=self.missed_weight)
+        if self.missed == "none" and self.missed_weight != Settings.missed_weight:
+            raise ValueError(
+                f"expected missed='soft' with a missed_weight, got missed='none', missed_weight={self.missed_weight}; "
+                "set missed='soft', or leave missed_weight out"
+            )
         check_choice("proximity_reduction", self.proximity_reduction, ("squared", "sum"))
         if not callable(self.weight_by):
             check_choice("weight_by", self.weight_by, ("count", "size"))
@@ -641,7 +646,7 @@ def instance_terms(
             (1 - the largest probability in the instance) for each missed instance, to `false_pred` `missed_weight` ·
             (the mean probability of the component) for each false one, averaged as the rate. The derivative of the
             largest is that of its first pixel in raster order.
-        missed_weight: see `missed`.
+        missed_weight: see `missed`; only with "soft".
         mask_target: False keeps, in `instance_gt` and through it in `proximity`, the probabilities below `threshold`
             inside of the ground-truth instance, which Eq. 2 masks out, so that what is missing of it is pulled up.
         proximity_reduction: "squared", (S_P - S_GT)² as Eq. 8 is printed, or "sum", S_P + S_GT, which grows with every

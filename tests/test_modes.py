@@ -156,6 +156,7 @@ def test_weights_of_nothing(engine: Any) -> None:
     [
         ({"missed": "hard"}, "expected missed to be one of 'none', 'soft', got 'hard'"),
         ({"missed_weight": -0.1}, "expected missed_weight to be a finite number >= 0, got -0.1"),
+        ({"missed_weight": 0.5}, "expected missed='soft' with a missed_weight, got missed='none', missed_weight=0.5"),
         ({"proximity_reduction": "mean"}, "expected proximity_reduction to be one of 'squared', 'sum', got 'mean'"),
         ({"weight_by": "volume"}, "expected weight_by to be one of 'count', 'size', got 'volume'"),
         ({"weight_by": torch.sum}, "expected weight_by to return one weight for each of 2 sizes, got shape"),
