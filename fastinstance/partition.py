@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import comparable
 from .components import components_at, divide, drop_small, foreground
 
 __all__ = ["Partition", "Side", "partition"]
@@ -215,8 +216,16 @@ def _side(label: Tensor, per_plane: Tensor) -> Side:
 
 def _given(labels: Tensor, pixels: Tensor, plane: Tensor) -> tuple[Tensor, Tensor]:
     """Dense labels of the listed pixels and instances per plane, from given ids [planes, P]."""
-    ids = labels.reshape(-1)[pixels]  # index_select knows no wide unsigned integers
-    distinct, position = _unique((plane << 32) + ids.long())
+    ids = comparable(labels).reshape(-1).index_select(0, pixels).long()  # a tenth of the time of [pixels]
+    low, high = (int(bound) for bound in ids.aminmax()) if len(ids) else (-1, -1)
+    width = high + 1
+    if low >= 0 and len(labels) * width <= labels.numel():  # a table of all ids is no larger than the planes
+        key = torch.add(ids, plane, alpha=width)
+        there = torch.zeros(len(labels) * width, dtype=torch.bool, device=ids.device)
+        there[key] = True
+        there[::width] = False
+        return (there.cumsum(0) * there).index_select(0, key), there.view(len(labels), width).sum(1)
+    distinct, position = _unique((plane << 32) + ids)
     real = (distinct & 0xFFFFFFFF) > 0
     per_plane = torch.bincount((distinct >> 32)[real], minlength=len(labels))
     return (real.cumsum(0) * real)[position], per_plane

@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage
 
 import fastinstance
-from fastinstance import components
+from fastinstance import components, partition
 
 STRUCTURES = {
     connectivity: ndimage.generate_binary_structure(axes, order)
@@ -87,3 +87,37 @@ def test_dense_masks_need_no_cc3d(min_size: int, monkeypatch: pytest.MonkeyPatch
     for found, truth in zip(fastinstance.label(mask, min_size=min_size), expected, strict=True):
         assert torch.equal(found, truth)
     check(mask, 8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest"),
+    [
+        (dtype, largest)
+        for dtype in (torch.uint8, torch.uint16, torch.int32, torch.int64, torch.uint64)
+        for largest in (1, 5, 59, 60, 61, 250, 2**31 - 1)
+        if largest <= torch.iinfo(dtype).max
+    ],
+)
+def test_given_ids(dtype: torch.dtype, largest: int) -> None:
+    """Numbered by plane and id, whether the ids are small enough for a table (below 60) or are sorted."""
+    chance = np.random.default_rng(largest)
+    ids = chance.choice([0, 0, 1, largest // 2, max(largest - 1, 1), largest], size=(4, 6, 10))
+    ids[1] = 0  # a plane without instances
+    pixels = np.flatnonzero((ids > 0) | (chance.random(ids.shape) < 0.5))
+    places = torch.from_numpy(pixels)
+    label, per_plane = partition._given(torch.from_numpy(ids).to(dtype), places, places // 60)
+    expected, before = np.zeros_like(ids), 0
+    for plane, image in enumerate(ids):
+        names = np.setdiff1d(image, [0])
+        expected[plane] = np.where(image > 0, before + 1 + np.searchsorted(names, image), 0)
+        before += len(names)
+        assert per_plane[plane] == len(names)
+    assert label.dtype == per_plane.dtype == torch.int64
+    assert np.array_equal(label, expected.reshape(-1)[pixels])
+
+
+def test_no_given_ids() -> None:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    label, per_plane = partition._given(torch.zeros(3, 2, 2, dtype=torch.int32), nothing, nothing)
+    assert label.tolist() == []
+    assert per_plane.tolist() == [0, 0, 0]
