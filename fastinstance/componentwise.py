@@ -242,7 +242,7 @@ class CCLoss(_ComponentLoss):
         if regions is None:
             part = scene.partition(predicted=False)
             image = torch.zeros(planes.target.shape, dtype=torch.int32, device=planes.values.device)
-            image.view(-1)[part.pixels] = part.target.label.int()
+            image.view(-1).scatter_(0, part.pixels, part.target.label.int())
             ids, positives = nearest_component(image, scene.spacing), part.pixels
         else:
             ids, positives = self._planes_of(scene, regions), foreground(planes.target)
@@ -310,7 +310,7 @@ def _segments(regions: Tensor, planes: Planes, positives: Tensor) -> tuple[Segme
 
     def keys(place: Tensor) -> Tensor:
         several = torch.searchsorted(place, number * pixels).diff()
-        return (number[:-1] << 32).repeat_interleave(several, output_size=len(place)) + flat[place].long()
+        return (number[:-1] << 32).repeat_interleave(several, output_size=len(place)) + flat.index_select(0, place).long()
 
     run = keys(start)
     distinct = torch.unique(run)

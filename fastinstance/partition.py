@@ -168,7 +168,7 @@ class Partition:
         wanted = torch.cat([wanted.new_zeros(1), wanted])
         (place,) = torch.where(wanted[self.target.label])
         row = self.target.label[place]
-        value = values.reshape(-1)[self.pixels[place]]
+        value = values.reshape(-1).index_select(0, self.pixels[place])
         largest = value.new_full((len(wanted),), -math.inf).scatter_reduce_(0, row, value, "amax")
         first = place.new_full((len(wanted),), len(self.pixels))  # beyond the list: the others have none
         first.scatter_reduce_(0, row, torch.where(value == largest[row], place, len(self.pixels)), "amin")
