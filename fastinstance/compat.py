@@ -32,6 +32,7 @@ from .checks import (
     check_probabilities,
     check_size,
     check_threshold,
+    comparable,
     reads_values,
 )
 from .components import foreground
@@ -178,13 +179,10 @@ class _AuthorsLoss(nn.Module):
         pixel = masked.checked(
             criterion, criterion.function(p if self.activation == "softmax" else outputs, labels), tuple(labels.shape)
         )
-        scene = Scene(
-            Settings(threshold=self.segmentation_threshold),
-            p,
-            labels,
-            None if cc_label_batch is None else cc_label_batch.long(),
-            None,
-        )
+        ids = cc_label_batch
+        if ids is not None and ids.is_floating_point():
+            ids = ids.long()
+        scene = Scene(Settings(threshold=self.segmentation_threshold), p, labels, ids, None, known=True)
         part = scene.partition(predicted=True)
         self._check_caps(part, given=cc_label_batch is not None)
         return [pixel, *_instance_terms(self, scene, part, proximity)]
@@ -220,11 +218,11 @@ class _AuthorsLoss(nn.Module):
                 f"expected cc_label_batch of an integer dtype, float32 or float64, got {ids.dtype}, which cannot tell "
                 "many instances apart"
             )
-        ids = ids if ids.is_floating_point() else ids.long()
+        ids = comparable(ids)
         if reads_values(ids):
             check_id_range("cc_label_batch", ids)
-        differs = (ids > 0) != (labels > 0)
-        if differs.any():
+        differs = (ids > 0) != (comparable(labels) > 0)
+        if differs.view(torch.uint8).max():  # much faster than any() on booleans
             raise ValueError(
                 f"expected cc_label_batch > 0 exactly where labels are 1, got {int(differs.sum())} pixels that "
                 "differ; compute it from these labels, or leave it out"

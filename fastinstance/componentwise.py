@@ -310,7 +310,8 @@ def _segments(regions: Tensor, planes: Planes, positives: Tensor) -> tuple[Segme
 
     def keys(place: Tensor) -> Tensor:
         several = torch.searchsorted(place, number * pixels).diff()
-        return (number[:-1] << 32).repeat_interleave(several, output_size=len(place)) + flat.index_select(0, place).long()
+        plane = (number[:-1] << 32).repeat_interleave(several, output_size=len(place))
+        return plane + flat.index_select(0, place).long()
 
     run = keys(start)
     distinct = torch.unique(run)

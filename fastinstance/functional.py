@@ -159,7 +159,10 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 class Call:
-    """One checked call: the images, and the settings that depend on their number of axes."""
+    """One checked call: the images, and the settings that depend on their number of axes.
+
+    `known` says that the caller has checked the values, under names of its own.
+    """
 
     def __init__(
         self,
@@ -168,6 +171,8 @@ class Call:
         target: Tensor,
         target_labels: Tensor | None,
         valid_mask: Tensor | None,
+        *,
+        known: bool = False,
     ) -> None:
         self.settings = settings
         check_images(
@@ -182,7 +187,7 @@ class Call:
         labels, valid = (None if image is None else comparable(_plain(image)) for image in (target_labels, valid_mask))
         self.images = _plain(input), comparable(_plain(target)), labels, valid
         self.connectivity, self.center_size, self.spacing = settings.for_axes(input.ndim - 2)
-        if reads_values(target):
+        if reads_values(target) and not known:
             check_values(*self.images[1:], channels=input.shape[1], to_onehot_y=settings.to_onehot_y)
 
     def in_planes(self) -> Planes:
@@ -205,8 +210,8 @@ class Call:
 class Scene(Call):
     """A call with its planes, partition and sums, shared by all terms."""
 
-    def __init__(self, settings: Settings, *images: Tensor | None) -> None:
-        super().__init__(settings, *images)  # pyright: ignore[reportArgumentType]
+    def __init__(self, settings: Settings, *images: Tensor | None, known: bool = False) -> None:
+        super().__init__(settings, *images, known=known)  # pyright: ignore[reportArgumentType]
         self.planes = self.in_planes()
         self.poison = _poison(self.planes)
 

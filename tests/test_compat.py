@@ -458,6 +458,15 @@ def test_bad_images(case: str) -> None:
         assert word in str(raised.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int32, torch.int64, torch.float32])
+def test_values_are_checked_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the names of these arguments, and ids of any dtype are the same."""
+    ids = fastinstance.label(Y)[0]
+    expected = make()(Y * 0.8, Y, ids)
+    monkeypatch.setattr(functional, "check_values", lambda *_, **__: pytest.fail("checked again"))
+    assert_close(make()(Y * 0.8, Y, ids.to(dtype)), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["loss_function_pixel", "loss_function_instance", "loss_function_center"])
 def test_criteria_that_return_no_scalar(name: str) -> None:
     loss = make()
