@@ -489,9 +489,19 @@ BAD = [
     ('test_on = "other"', 'test_on = "othr"', "test_on in [data.little] names 'othr'"),
     ('test_on = "other"', "validation = 0.2", "[data.little] has a validation"),
     ('source = "nifti"', 'source = "nifty"', "[data.little]: data: expected source = one of"),
-    ("min_size = 2", "tune = 'dice'", "expected tune in evaluation of [data.little] to be one of pq, f1, dsc"),
+    ("min_size = 2", "tune = 'dice'", 'evaluation of [data.little] tune: expected "pq", "f1" or "dsc", got'),
     ("min_size = 2", "smal_ml = 2", "did you mean small_ml?"),
-    ("min_size = 2", "min_size = -1", "expected min_size in evaluation of [data.little]"),
+    (
+        "min_size = 2",
+        "min_size = -1",
+        "evaluation of [data.little] min_size: expected a whole number from 0 on",
+    ),
+    (
+        "min_size = 2",
+        "collapse = 1",
+        "evaluation of [data.little] collapse: expected a share above 0 and below 1",
+    ),
+    ("min_size = 2", "small_ml = 0", "evaluation of [data.little] small_ml: expected a number above 0, got 0"),
     ('small = "Detection"', 'small = "GDF"', "an ensemble takes small and large instances from GDF"),
     ('small = "Detection"', "", "an ensemble lacks small"),
     (

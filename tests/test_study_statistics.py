@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from fastinstance.metrics import VOLUME_EDGES, instance_metrics
 from fastinstance.overlay import paint
 from fastinstance.study import cells, outcomes, results
+from fastinstance.study.config import Evaluation
 from fastinstance.study.figures import FIGURES
 from fastinstance.study.measure import CURVE, THRESHOLDS, binary, curve_of, measure
-from fastinstance.study.plan import Evaluation
 from fastinstance.study.splits import make_folds, split
 from fastinstance.study.statistics import bootstrap_mean, holm, person_means, wilcoxon_signed_rank
 from fastinstance.study.subjects import StudyError, Subject

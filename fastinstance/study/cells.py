@@ -31,8 +31,9 @@ from fastinstance.ensemble import majority_vote, volume_ensemble
 from fastinstance.files import replacing
 from fastinstance.metrics import METRICS
 from fastinstance.study.batches import fingerprint
+from fastinstance.study.config import Evaluation, RunConfig
 from fastinstance.study.measure import CURVE, THRESHOLDS, binary, curve_of, measure, voxel_ml_of
-from fastinstance.study.plan import Cell, DataSet, Ensemble, Evaluation, Plan
+from fastinstance.study.plan import Cell, DataSet, Ensemble, Plan
 from fastinstance.study.splits import make_folds, split
 from fastinstance.study.subjects import StudyError, Subject
 
@@ -151,7 +152,6 @@ def run_cell(plan: Plan, cell: Cell, out: Path, skip_bad: bool) -> None:
     Raises:
         StudyError: of the training, such as a loss that is not finite.
     """
-    from fastinstance.study.config import RunConfig
     from fastinstance.study.training import load_network, predict, resolve_device, train
 
     folder = cell_folder(out, cell)

@@ -27,6 +27,7 @@ from fastinstance.study.subjects import StudyError
 __all__ = [
     "SCORES",
     "AugmentationConfig",
+    "Evaluation",
     "LossConfig",
     "RunConfig",
     "SumOfLosses",
@@ -257,6 +258,16 @@ class AugmentationConfig:
     """Standard deviation of the factor of all intensities, around 1."""
     shift: float = _key(0.0, _not_negative)
     """Standard deviation of what is added to all intensities."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a study judges predictions; a table of its plan."""
+
+    min_size: int = _key(0, _whole(0))
+    small_ml: float = _key(0.05, _number("a number above 0", 0, open_start=True))
+    tune: str = _key("pq", _one_of("pq", "f1", "dsc"))
+    collapse: float = _key(0.05, _part)
 
 
 @dataclass(frozen=True)

@@ -46,15 +46,14 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastinstance.metrics import METRICS
-from fastinstance.study.config import RunConfig, read_toml, refuse_unknown
+from fastinstance.study.config import Evaluation, RunConfig, read_table, read_toml, refuse_unknown
 from fastinstance.study.subjects import StudyError
 
-__all__ = ["Cell", "DataSet", "Ensemble", "Evaluation", "Plan", "read_plan"]
+__all__ = ["Cell", "DataSet", "Ensemble", "Plan", "read_plan"]
 
 _KEYS = (
     "name", "seeds", "folds", "run_folds", "validation", "baseline",
@@ -62,18 +61,7 @@ _KEYS = (
 )  # fmt: skip
 _RUN_TABLES = ("network", "training", "augmentation")
 _OF_THE_STUDY = (*_RUN_TABLES, "evaluation", "folds", "test_on")  # keys of [data.<name>] that do not describe the data
-_TUNE = ("pq", "f1", "dsc")
 _NAME = re.compile(r"[^\s/\\:*?\"<>|.][^/\\:*?\"<>|\n]*")  # what may be the name of a folder
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How predictions are judged."""
-
-    min_size: int = 0
-    small_ml: float = 0.05
-    tune: str = "pq"
-    collapse: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -248,18 +236,6 @@ def _one_of(name: Any, names: Sequence[str], what: str) -> str:
     return name
 
 
-def _evaluation(table: Mapping[str, Any], where: str) -> Evaluation:
-    refuse_unknown(table, [field.name for field in fields(Evaluation)], f"in {where}")
-    given = Evaluation(**table)
-    _whole(given.min_size, 0, f"min_size in {where}")
-    _number(given.small_ml, 0, math.inf, f"small_ml in {where}")
-    _number(given.collapse, 0, 1, f"collapse in {where}")
-    if given.tune not in _TUNE:
-        raise StudyError(f"expected tune in {where} to be one of {', '.join(_TUNE)}, got {given.tune!r}")
-    assert set(_TUNE) <= set(METRICS)
-    return given
-
-
 def _folds(value: Any, what: str) -> int | tuple[tuple[str, ...], ...]:
     if isinstance(value, list):
         if not all(isinstance(fold, list) and all(isinstance(person, str) for person in fold) for fold in value):
@@ -328,7 +304,7 @@ def _data_set(
         name=name,
         settings={key: value for key, value in inner.items() if key not in _OF_THE_STUDY},
         run=run,
-        evaluation=_evaluation(judged, f"evaluation of {where}"),
+        evaluation=read_table(Evaluation, judged, f"evaluation of {where}"),
         folds=_folds(inner["folds"], f"folds in {where}") if "folds" in inner else folds,
         test_on=test_on,
         trained_on=name not in targets,
