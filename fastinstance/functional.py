@@ -852,6 +852,7 @@ def blob_terms(
     return evaluate_blob(settings, input, target, target_labels, valid_mask)
 
 
+@differentiable
 def label(mask: Tensor, *, connectivity: int | None = None, min_size: int = 0) -> tuple[Tensor, Tensor]:
     """Connected components of every plane of a mask.
 

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from .backend import backend_for, operator
 from .checks import check_per_axis, comparable, reads_values
+from .torch_func import differentiable
 
 __all__ = ["nearest_component", "voronoi"]
 
 
+@differentiable
 def voronoi(labels: Tensor, spacing: float | Sequence[float] | None = None) -> Tensor:
     """Voronoi regions of labelled components: the id of the nearest component, at every pixel.
 

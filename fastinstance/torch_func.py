@@ -1,4 +1,4 @@
-"""The losses under `torch.func.grad`, `vjp` and `grad_and_value`, where no tensor has memory that numpy could read."""
+"""`torch.func.grad`, `vjp` and `grad_and_value` over this library: tensors there have no memory for numpy to read."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class _Graph:
 def _not_batched(info: Any, in_dims: Any, *_: Any) -> Any:
     del info, in_dims
     raise RuntimeError(
-        "expected whole batches, got tensors under torch.func.vmap (or jacrev); call the loss on the whole batch, with "
-        "reduction='none' for a value for each image, or loop over the samples"
+        "expected whole batches, got tensors under torch.func.vmap (or jacrev); call it on the whole batch, a loss "
+        "with reduction='none' for a value for each image, or loop over the samples"
     )
 
 

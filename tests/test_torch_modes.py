@@ -129,6 +129,19 @@ def test_grad_of_parameters(loss: Callable[..., Tensor]) -> None:
     assert_close(found, {name: parameter.grad for name, parameter in parameters.items()})
 
 
+def test_ids_that_a_step_makes() -> None:
+    """Labels and regions inside of the transform."""
+    whole, masked = fastinstance.CCLoss(sigmoid=True), fastinstance.ICILoss(sigmoid=True)
+
+    def step(x: Tensor) -> Tensor:
+        labels, _ = fastinstance.label(TARGET)
+        regions = fastinstance.voronoi(labels)
+        valid = torch.ones_like(x[:, :1])
+        return whole(x, TARGET, target_regions=regions) + masked(x, TARGET, target_labels=labels, valid_mask=valid)
+
+    assert_close(torch.func.grad(step)(LOGITS), gradient(lambda x, _: step(x))[1])
+
+
 def test_vjp_of_several_results() -> None:
     """Only what is asked for, any number of times."""
     terms, pull = torch.func.vjp(lambda x: functional.instance_terms(x, TARGET, sigmoid=True), LOGITS)
