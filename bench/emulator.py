@@ -134,7 +134,7 @@ class _Memory:
             self.bytes.append(np.asarray(array, np.uint8))
             if self.history is not None:  # program + 1 and line of the last store, load and atomic of each address
                 self.history.append({what: np.zeros((2, size), np.int32) for what in ("st", "ld", "atom")})
-        return (self.known[host] + 1 << _SPACE) + tensor.data_ptr() - host
+        return (self.known[host] + 1 << _SPACE) + tensor.storage_offset() * tensor.element_size()
 
     def parts(self, at: Array, size: int, where: str) -> Iterator[tuple[int, Array, Array]]:
         """Of some addresses: number of a memory, which threads mean it, and the first byte for each of these."""

@@ -179,6 +179,8 @@ _COMPARISONS: dict[str, Compute] = {
 
 
 def _comparison(kind: str, name: str) -> Compute:
+    if name == "nan":  # either is
+        return lambda a, b: np.isnan(_numbers(a, kind)) | np.isnan(_numbers(b, kind))
     compare, unordered = _COMPARISONS[name[:2]], name[2:] == "u"
 
     def compared(a: Any, b: Any) -> Any:

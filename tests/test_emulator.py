@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import triton
@@ -10,6 +13,7 @@ from torch import Tensor
 
 import fastinstance
 from bench.emulator import EmulationError, Launch, Schedule, emulated
+from bench.ptx import computation
 from bench.scenes import WEIGHTS, balls, noise
 from fastinstance import use_backend
 from fastinstance.testing import assert_close
@@ -86,6 +90,17 @@ def test_counts() -> None:
     assert (launch.name, launch.programs, launch.warps, launch.atomics) == ("shift", 4, 2, 0)
     assert launch.instructions["ld.global.b32"] == 8  # of warps
     assert launch.sectors == {"ld": 8 * 4, "st": 8 * 5}  # 128 bytes a warp, stored across one more boundary
+
+
+@pytest.mark.parametrize(("name", "expected"), [("lt", [0, 0, 1]), ("ltu", [1, 1, 1]), ("nan", [1, 1, 0])])
+def test_comparisons(name: str, expected: list[int]) -> None:
+    sides = [1.0, math.nan, 1.0], [math.nan, 1.0, 2.0]
+    assert computation(("setp", name, "f64"))(*(np.array(side).view(np.uint64) for side in sides)).tolist() == expected
+
+
+def test_tensors_without_values() -> None:
+    nothing = torch.zeros(4, dtype=torch.int32)[:0]  # has a storage, but no address
+    assert shifted(nothing, nothing.clone(), 0).sectors.total() == 0
 
 
 def test_races() -> None:

@@ -284,6 +284,8 @@ def forward(
     wide = values.dtype == torch.float64
     centers, boxes = request.center is not None, request.proximity
     threshold = ctypes.c_float(request.threshold).value
+    if wide and sides == 2 and predicted is None:  # a number reaches a kernel as float32
+        predicted = values >= request.threshold
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=values.device)
@@ -311,8 +313,7 @@ def forward(
         step(
             pack, launch.programs(planes, dense_tiles),
             values, target, predicted, valid, saved.masks, saved.heads, partial,
-            threshold, request.threshold - threshold, planes, plan.rows, width, plan.row_words,
-            plan.tiles(launch.DENSE_ROWS),
+            threshold, planes, plan.rows, width, plan.row_words, plan.tiles(launch.DENSE_ROWS),
             LOGITS=request.logits, GIVEN=given, PREDICTED=predicted is not None, VALID=valid is not None, SIDES=sides,
             SUMS=request.seg is not None, SQUARED=seg.squared, GAMMA=seg.gamma,
             POSITIVES_ONLY=request.categorical,

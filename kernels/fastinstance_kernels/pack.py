@@ -24,10 +24,10 @@ def wide(value):
 
 
 # Where a width and the images are multiples of 16, four pixels are loaded at a time: a sixth of the instructions less.
-@triton.jit(do_not_specialize=["rows", "row_words", "row_tiles", "planes", "threshold", "threshold_rest"])
+@triton.jit(do_not_specialize=["rows", "row_words", "row_tiles", "planes", "threshold"])
 def pack(
     values, target, predicted, valid, masks, heads, partial,
-    threshold, threshold_rest, planes, rows, width, row_words, row_tiles,
+    threshold, planes, rows, width, row_words, row_tiles,
     LOGITS: tl.constexpr, GIVEN: tl.constexpr, PREDICTED: tl.constexpr, VALID: tl.constexpr, SIDES: tl.constexpr,
     SUMS: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr, POSITIVES_ONLY: tl.constexpr,
     BLOB: tl.constexpr, BLOB_SQUARED: tl.constexpr, BLOB_GAMMA: tl.constexpr, ROWS: tl.constexpr,
@@ -35,7 +35,7 @@ def pack(
     """One [ROWS, WORD] tile of one plane, slices one below the other.
 
     GIVEN: `target` holds ids; a run ends where the id changes. PREDICTED: the predicted mask is given and not
-    `values >= threshold` (a float64 threshold comes in two parts). A gamma below 0 stands for no pointwise part.
+    `values >= threshold`. A gamma below 0 stands for no pointwise part.
     """
     program = tl.program_id(0)
     plane, _, y, column = image_tile(1, row_words, row_tiles, ROWS)
@@ -61,8 +61,6 @@ def pack(
     if SIDES == 2:
         if PREDICTED:
             found = keep & (tl.load(predicted + offset, mask=inside, other=0) != 0)
-        elif value.dtype == tl.float64:
-            found = keep & (value >= tl.zeros([], tl.float64) + threshold + threshold_rest)
         else:
             found = keep & (value >= threshold)
         word = tl.sum(found.to(tl.int32) << lane, axis=1, keep_dims=True)

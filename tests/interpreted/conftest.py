@@ -6,6 +6,7 @@ The interpreter must be chosen before Triton is imported, so an ordinary run doe
     TRITON_INTERPRET=1 pytest tests/interpreted
 """
 
+import ctypes
 import os
 
 import pytest
@@ -31,3 +32,16 @@ def patch_once() -> None:
         return call(self, *args, **kwargs)
 
     InterpretedFunction.__call__ = call_prepared
+
+
+@pytest.fixture(autouse=True, scope="session")
+def round_numbers() -> None:
+    """Let a number reach a kernel as the float32 that a launch on a device makes of it."""
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def converted(argument: object) -> object:
+        return ctypes.c_float(argument).value if isinstance(argument, float) else convert(argument)
+
+    interpreter._implicit_cvt = converted
