@@ -170,8 +170,8 @@ _ON_BITS: dict[str, Compute] = {
 _ON_NUMBERS: dict[str, Compute] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "mad": lambda a, b, c: a * b + c, "neg": np.negative,
     "abs": np.abs, "min": np.fmin, "max": np.fmax, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    "not": np.invert, "popc": np.bitwise_count, "fma": _fused, "ex2": np.exp2, "lg2": np.log2, "rcp": _reciprocal,
-    "rem": lambda a, b: a - _quotient(a, b) * b, "copysign": lambda sign, a: np.copysign(a, sign),
+    "not": np.invert, "popc": np.bitwise_count, "fma": _fused, "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt,
+    "rcp": _reciprocal, "rem": lambda a, b: a - _quotient(a, b) * b, "copysign": lambda sign, a: np.copysign(a, sign),
 }  # fmt: skip
 _COMPARISONS: dict[str, Compute] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,

@@ -39,11 +39,14 @@ from .tables import (
     slots_used,
     weight_of,
 )
+from .words import any_of
 
 FINE = tl.constexpr(2.0**60)
 COARSE = tl.constexpr(2.0**20)
 FIXED_D = tl.constexpr(2.0**31)
 """Unit of sums of distances, each at most 2 and of at most 2^31 pairs."""
+SLACK = tl.constexpr(1e-5)
+"""More than rounding does to a Distance-IoU loss."""
 PARTS = tl.constexpr(16)
 TERMS = tl.constexpr(8)
 
@@ -125,26 +128,24 @@ def row_sums(
 
 
 @triton.jit
-def _corner(boxes, row, inside, axis, spacing, AXES: tl.constexpr, WIDE: tl.constexpr):
-    """Lower and upper end [lower, upper) of the boxes of some rows along an axis."""
-    lower = -tl.load(boxes + row * (2 * AXES) + 2 * axis, mask=inside, other=0)
-    upper = tl.load(boxes + row * (2 * AXES) + 2 * axis + 1, mask=inside, other=0) + 1
-    if WIDE:
-        return lower.to(tl.float64) * spacing, upper.to(tl.float64) * spacing
-    else:
-        return lower.to(tl.float32) * spacing, upper.to(tl.float32) * spacing
+def _ends(boxes, row, axis, AXES: tl.constexpr):
+    """Lower and upper end [lower, upper) of the boxes of some rows along an axis, in pixels."""
+    at = boxes + row * (2 * AXES) + 2 * axis
+    return -tl.load(at), tl.load(at + 1) + 1
 
 
 @triton.jit
 def distance_iou(
-    boxes, row_a, inside_a, row_b, inside_b, spacing_z, spacing_y, spacing_x, AXES: tl.constexpr, WIDE: tl.constexpr
-):
+    boxes, row_a, row_b, spacing_z, spacing_y, spacing_x, AXES: tl.constexpr, REAL: tl.constexpr
+):  # fmt: skip
     """1 - IoU + ρ²/τ² (Zheng et al. 2020) of the boxes of rows a and b, which broadcast; at least 0."""
     overlap, volume_a, volume_b, near, far = 1.0, 1.0, 1.0, 0.0, 0.0
     for axis in tl.static_range(AXES):
         spacing = spacing_x if axis == AXES - 1 else spacing_y if axis == AXES - 2 else spacing_z
-        low_a, high_a = _corner(boxes, row_a, inside_a, axis, spacing, AXES, WIDE)
-        low_b, high_b = _corner(boxes, row_b, inside_b, axis, spacing, AXES, WIDE)
+        low_a, high_a = _ends(boxes, row_a, axis, AXES)
+        low_b, high_b = _ends(boxes, row_b, axis, AXES)
+        low_a, high_a = low_a.to(REAL) * spacing, high_a.to(REAL) * spacing
+        low_b, high_b = low_b.to(REAL) * spacing, high_b.to(REAL) * spacing
         overlap = overlap * tl.maximum(tl.minimum(high_a, high_b) - tl.maximum(low_a, low_b), 0.0)
         volume_a = volume_a * (high_a - low_a)
         volume_b = volume_b * (high_b - low_b)
@@ -153,6 +154,58 @@ def distance_iou(
         across = tl.maximum(high_a, high_b) - tl.minimum(low_a, low_b)
         far = far + across * across
     return tl.maximum(1.0 - overlap / (volume_a + volume_b - overlap) + near / far, 0.0)
+
+
+@triton.jit
+def _may_be_nearer(
+    boxes, nearest, row, others, spacing_z, spacing_y, spacing_x, AXES: tl.constexpr, REAL: tl.constexpr
+):  # fmt: skip
+    """Which boxes of a block may be nearer to one of another block than to all that they have been compared with.
+
+    Along the first axis a box is `apart` from the centres of the others. Where that parts it from the others as well,
+    ρ²/τ² is at least (apart / (apart + s))², s being the diagonal of a box with the longest side along each axis.
+    """
+    diagonal = 0.0
+    for axis in tl.static_range(AXES):
+        spacing = spacing_x if axis == AXES - 1 else spacing_y if axis == AXES - 2 else spacing_z
+        low, high = _ends(boxes, row, axis, AXES)
+        other_low, other_high = _ends(boxes, others, axis, AXES)
+        longest = tl.max(other_high - other_low)
+        side = tl.maximum(high - low, longest).to(REAL) * spacing
+        diagonal += side * side
+        if axis == 0:
+            center, other_center = low + high, other_low + other_high  # twice
+            twice = tl.maximum(tl.min(other_center) - center, center - tl.max(other_center))
+            parted = twice > high - low + longest
+            apart = twice.to(REAL) * (0.5 * spacing)
+    least = tl.load(nearest + row, cache_modifier=".cg").to(REAL, bitcast=True)
+    reach = apart + tl.sqrt(diagonal)
+    return ~(parted & (apart * apart > (least - 1 + SLACK) * reach * reach))
+
+
+@triton.jit
+def _compare(
+    boxes, nearest, pred, targets, first, n, spacing_z, spacing_y, spacing_x,
+    AXES: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
+    """Distances of a block of predicted rows to a block of the n target rows, for both, if any may be the least."""
+    row = targets + tl.minimum(first + tl.arange(0, BLOCK), n - 1)
+    hopeful = _may_be_nearer(boxes, nearest, pred, row, spacing_z, spacing_y, spacing_x, AXES, REAL)
+    hopeful |= _may_be_nearer(boxes, nearest, row, pred, spacing_z, spacing_y, spacing_x, AXES, REAL)
+    if any_of(hopeful):
+        BITS: tl.constexpr = tl.int64 if REAL == tl.float64 else tl.int32
+        least = tl.full([BLOCK], float("inf"), REAL).to(BITS, bitcast=True)
+        last = tl.minimum(first + BLOCK, n)
+        while first < last:
+            other = targets + tl.minimum(first + tl.arange(0, OTHERS)[None, :], n - 1)
+            distance = distance_iou(
+                boxes, tl.expand_dims(pred, 1), other, spacing_z, spacing_y, spacing_x, AXES, REAL
+            )  # fmt: skip
+            bits = distance.to(BITS, bitcast=True)  # in the order of the numbers, as these are at least 0
+            least = tl.minimum(least, tl.min(bits, axis=1))
+            tl.atomic_min(nearest + other, tl.min(bits, axis=0, keep_dims=True), sem="relaxed")
+            first += OTHERS
+        tl.atomic_min(nearest + pred, least, sem="relaxed")
 
 
 @triton.jit(
@@ -220,35 +273,22 @@ def instances(
     if BOXES:
         n = tl.maximum(n, 1)
         m = tl.maximum(m, 1)
-        across = tl.cdiv(m, BLOCK)
+        across = tl.cdiv(m, BLOCK).to(tl.int64)
+        down = tl.cdiv(n, BLOCK)
         tile = group.to(tl.int64)
-        while tile < tl.cdiv(n, BLOCK).to(tl.int64) * across:
-            local = (tile % across).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)[:, None]
-            pred = first_row(plane, planes, bound, bound_pred, True) + local
-            here = local < m
-            least = tl.full([BLOCK], float("inf"), tl.float64 if WIDE else tl.float32)
-            first = (tile // across).to(tl.int32) * BLOCK
-            last = tl.minimum(first + BLOCK, n)
-            while first < last:
-                other = first + tl.arange(0, OTHERS)[None, :]
-                both = here & (other < n)
-                row = first_row(plane, planes, bound, bound_pred, False) + other
-                distance = distance_iou(
-                    boxes, pred, here, row, other < n, spacing_z, spacing_y, spacing_x, AXES, WIDE
-                )  # fmt: skip
-                distance = tl.where(both, distance, float("inf"))
-                least = tl.minimum(least, tl.min(distance, axis=1))
-                _keep_least(nearest + row, tl.min(distance, axis=0, keep_dims=True), other < n)
-                first += OTHERS
-            _keep_least(nearest + pred, tl.expand_dims(least, 1), here)
+        while tile < down * across:
+            # Ids are in raster order: the blocks in the same place of both sides come first, then those around them.
+            column = tile % across
+            turn = (tile // across).to(tl.int32)
+            offset = tl.where(turn % 2 == 0, down - turn // 2, turn // 2 + 1)
+            first = ((column * down // across).to(tl.int32) + offset) % down * BLOCK
+            local = tl.minimum(column.to(tl.int32) * BLOCK + tl.arange(0, BLOCK), m - 1)
+            _compare(
+                boxes, nearest, first_row(plane, planes, bound, bound_pred, True) + local,
+                first_row(plane, planes, bound, bound_pred, False), first, n,
+                spacing_z, spacing_y, spacing_x, AXES, tl.float64 if WIDE else tl.float32, BLOCK, OTHERS,
+            )  # fmt: skip
             tile += groups
-
-
-@triton.jit
-def _keep_least(nearest, distance, mask):
-    """Atomic minimum of floats >= 0, whose bits are in the order of the numbers."""
-    bits = distance.to(tl.int64 if distance.dtype == tl.float64 else tl.int32, bitcast=True)
-    tl.atomic_min(nearest, bits, mask=mask, sem="relaxed")
 
 
 @triton.jit

@@ -265,6 +265,19 @@ def test_more_pairs_than_places(relation: str) -> None:
     check(*of_masks(predicted[None], target[None]), sigmoid=True, connectivity=4, instance_loss="gdf")
 
 
+@pytest.mark.parametrize(("shape", "connectivity"), [((60, 32), 4), ((24, 6, 16), 6)])
+def test_boxes_that_are_out_of_reach(shape: tuple[int, ...], connectivity: int) -> None:
+    """More boxes than a block has, those of the target near the first row, the others near the last."""
+    density = 0.5 * torch.linspace(0, 1, shape[0]).view(-1, *[1] * (len(shape) - 1)) ** 4
+    drawn = torch.rand((2, 1, *shape), generator=torch.Generator().manual_seed(0))
+    masks = drawn[0] < density, drawn[1] < density.flip(0)
+    spacing = (0.7, *[1.3] * (len(shape) - 1))
+    loss = fastinstance.ProximityLoss(sigmoid=True, spacing=spacing, connectivity=connectivity)
+    expected = loss(*of_masks(*masks))
+    with fastinstance.use_backend("triton"):
+        assert_close(loss(*of_masks(*masks)), expected, rtol=1e-7)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_hash(seed: int) -> None:
     """Two thirds full, keys of more than 32 bits, each inserted twice: each is there once, past the end included."""
