@@ -135,9 +135,7 @@ def _ends(boxes, row, axis, AXES: tl.constexpr):
 
 
 @triton.jit
-def distance_iou(
-    boxes, row_a, row_b, spacing_z, spacing_y, spacing_x, AXES: tl.constexpr, REAL: tl.constexpr
-):  # fmt: skip
+def distance_iou(boxes, row_a, row_b, spacing_z, spacing_y, spacing_x, AXES: tl.constexpr, REAL: tl.constexpr):
     """1 - IoU + ρ²/τ² (Zheng et al. 2020) of the boxes of rows a and b, which broadcast; at least 0."""
     overlap, volume_a, volume_b, near, far = 1.0, 1.0, 1.0, 0.0, 0.0
     for axis in tl.static_range(AXES):
@@ -164,8 +162,9 @@ def _may_be_nearer(
 
     Along the first axis a box is `apart` from the centres of the others. Where that parts it from the others as well,
     ρ²/τ² is at least (apart / (apart + s))², s being the diagonal of a box with the longest side along each axis.
+    `nearest` is what all programs have found so far. It only falls: an earlier value excludes less, never too much.
     """
-    diagonal = 0.0
+    diagonal, apart, parted = 0.0, 0.0, False
     for axis in tl.static_range(AXES):
         spacing = spacing_x if axis == AXES - 1 else spacing_y if axis == AXES - 2 else spacing_z
         low, high = _ends(boxes, row, axis, AXES)
@@ -193,7 +192,7 @@ def _compare(
     hopeful = _may_be_nearer(boxes, nearest, pred, row, spacing_z, spacing_y, spacing_x, AXES, REAL)
     hopeful |= _may_be_nearer(boxes, nearest, row, pred, spacing_z, spacing_y, spacing_x, AXES, REAL)
     if any_of(hopeful):
-        BITS: tl.constexpr = tl.int64 if REAL == tl.float64 else tl.int32
+        BITS: tl.constexpr = nearest.dtype.element_ty
         least = tl.full([BLOCK], float("inf"), REAL).to(BITS, bitcast=True)
         last = tl.minimum(first + BLOCK, n)
         while first < last:
@@ -224,7 +223,7 @@ def instances(
 ):  # fmt: skip
     """One of `groups` programs of a plane: losses of its rows, their centre boxes, and box distances of its pairs.
 
-    With one side it is blob loss. Every pair of boxes is measured once, for both of its rows.
+    With one side it is blob loss. No pair of boxes is measured twice: it counts for both of its rows.
     """
     program = tl.program_id(0)
     plane = (program // groups).to(tl.int64)

@@ -31,7 +31,7 @@ def heads_of(ids: Tensor) -> Tensor:
     masks, heads = torch.empty(2, planes, rows * row_words, dtype=torch.int32)
     partial = torch.empty(planes * tiles * row_words * 8, dtype=torch.float64)
     pack[(planes * tiles * row_words,)](
-        torch.zeros(ids.shape), ids, None, None, masks, heads, partial, 0.0, 0.0, planes, rows, width, row_words, tiles,
+        torch.zeros(ids.shape), ids, None, None, masks, heads, partial, 0.0, planes, rows, width, row_words, tiles,
         LOGITS=True, GIVEN=True, PREDICTED=False, VALID=False, SIDES=1, SUMS=False, SQUARED=False, GAMMA=-1.0,
         POSITIVES_ONLY=False, BLOB=False, BLOB_SQUARED=False, BLOB_GAMMA=-1.0, ROWS=8,
     )  # fmt: skip
