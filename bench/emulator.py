@@ -411,7 +411,7 @@ class _Access:
         self.kernel, self.what, self.width, self.number = kernel, one.operation[0], width, number
         (address,) = (operand for operand in one.operands if operand.startswith("["))
         base, _, offset = (part.strip() for part in address.strip("[]").partition("+"))
-        self.base, self.offset = base, int(offset or 0)
+        self.base, self.offset = _source(base, np.dtype("u4")), int(offset or 0)
         self.shared = "shared" in one.operation
         self.guard, self.line, self.where = _guard(one), one.line, f"{kernel.name}, {one.line}"
 
@@ -425,15 +425,13 @@ class _Access:
         dtype, size = np.dtype(f"u{self.width}"), self.width * self.number
         index = threads.index[active]
         if self.shared:
-            at = np.zeros(len(active), np.int64) + self.offset
-            if self.base.startswith("%"):
-                at += threads.get(self.base)[active]
+            at = np.broadcast_to(self.base(threads), threads.index.shape)[active].astype(np.int64) + self.offset
             if (at % size).any() or (at < 0).any() or (at + size > self.kernel.shared).any():
                 raise EmulationError(f"{self.where}: an address that is not in shared memory, or not aligned")
             memory = threads.group.shared
             yield memory.view(dtype), (threads.group.shared_start[index] + at) // self.width, np.arange(len(active))
             return
-        at = threads.get(self.base)[active] + np.uint64(self.offset % 2**64)
+        at = self.base(threads)[active] + np.uint64(self.offset % 2**64)
         memory, launch = threads.group.memory, threads.group.memory.launch
         sectors = (index // _WARP).astype(np.uint64) << np.uint64(44) ^ at // np.uint64(_SECTOR)
         launch.sectors[self.what] += len(np.unique(sectors))
@@ -516,7 +514,7 @@ def _load_matrix(kernel: _Kernel, one: Instruction) -> Step:
     access = _Access(kernel, one, 16, 1)
 
     def step(threads: _Threads) -> None:
-        at = threads.group.shared_start[threads.index] + threads.get(access.base) + access.offset
+        at = threads.group.shared_start[threads.index] + access.base(threads) + access.offset
         rows = threads.by_warp(at, access.where)[:, : 8 * len(names)]
         if (rows % 16).any():
             raise EmulationError(f"{access.where}: an address that is not a multiple of 16")

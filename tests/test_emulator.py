@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from fastinstance_kernels import launch as limits
 from torch import Tensor
 
 import fastinstance
@@ -68,6 +69,15 @@ def test_volumes_and_noise() -> None:
         expected, slope = step(loss, *scene)
         assert_close(value, expected, rtol=1e-5)
         assert_close(gradient, slope, rtol=1e-4, atol=1e-6 * float(slope.abs().max()))
+
+
+def test_a_matrix_at_the_start_of_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a register for its address: in small tiles of float64."""
+    monkeypatch.setattr(limits, "DENSE_ROWS", 4)
+    loss, scene = fastinstance.FalseLoss(sigmoid=True), balls((1, 8, 40), 1, 1, (1, 2))
+    with emulated(), use_backend("triton"), torch.no_grad():
+        value = loss(scene.logits.double(), scene.target)
+    assert_close(value, loss(scene.logits.double(), scene.target), rtol=1e-6)
 
 
 @triton.jit
