@@ -37,10 +37,11 @@ from .checks import (
 )
 from .components import foreground
 from .criteria import Criterion, Recognised, advise, recognise, resolve
-from .functional import Scene, Settings
 from .ops import DenseSums, InstanceSums, instance_sums
 from .partition import Partition, Side, partition
 from .pixel import Dice, Sums, check_not_negative
+from .scene import Scene
+from .settings import Settings
 from .terms import Features
 from .torch_func import differentiable
 

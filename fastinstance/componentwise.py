@@ -17,16 +17,19 @@ from . import terms as tm
 from .checks import check_id_range, comparable, reads_values
 from .components import foreground, label_planes
 from .criteria import resolve
-from .functional import Call, Images, Local, Scene, Settings, drop_small_ids, on_kernels, over_ranks
+from .dispatch import on_kernels, over_ranks
 from .losses import BaseLoss, ImageOptions
 from .ops import DenseSums, InstanceSums, Segments, instance_sums
-from .parallel import ProcessGroup
+from .parallel import Local, ProcessGroup
 from .partition import Side
 from .pixel import Pointwise, SeparableLoss, Sums, check_not_negative
 from .planes import Planes
 from .regions import nearest_component
+from .scene import Call, Scene
 from .segments import Found, number_ids, segment_sums
+from .settings import Settings
 from .torch_func import differentiable
+from .triton_backend import Images, as_numbers, drop_small_ids
 
 __all__ = ["CCLoss", "CCOptions", "ComponentMILLoss", "ComponentOptions", "ComponentTverskyLoss", "LesionRecallLoss"]
 
@@ -260,9 +263,7 @@ class CCLoss(_ComponentLoss):
             segments = nearest_component(labels, maps.call.spacing), counts
         else:
             segments = maps.number(self._planes_of(maps.call, regions))
-        form = self._loss.form
-        loss = form.numbers, form.squared, -1.0 if form.gamma is None else form.gamma
-        (found,) = maps.sums("form", segments, split=True, given=given, loss=loss, outside=True)
+        (found,) = maps.sums("form", segments, split=True, given=given, loss=as_numbers(self._loss), outside=True)
         return {"component": _Mean(found.value, found.number)}
 
 

@@ -1,4 +1,4 @@
-"""Loss modules: they hold settings and call `functional`."""
+"""Loss modules: they hold settings and weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 
-from .functional import BlobTerms, InstanceTerms, Settings, evaluate, evaluate_blob, weighted_sum
+from .dispatch import evaluate, weighted_sum
 from .parallel import ProcessGroup
 from .pixel import (
     CrossEntropy,
@@ -21,6 +21,8 @@ from .pixel import (
     WeightedSum,
     check_not_negative,
 )
+from .settings import Settings
+from .terms import BlobTerms, InstanceTerms
 
 __all__ = [
     "BlobLoss",
@@ -275,8 +277,7 @@ class InstanceLoss(BaseLoss):
         valid_mask: Tensor | None = None,
     ) -> InstanceTerms:
         """All seven terms, unweighted and with gradients, whatever their weights."""
-        found = evaluate(self.settings, InstanceTerms._fields, input, target, target_labels, valid_mask)
-        return InstanceTerms(**found)
+        return InstanceTerms(**evaluate(self.settings, self.weights._fields, input, target, target_labels, valid_mask))
 
     def extra_repr(self) -> str:
         weights = ", ".join(f"{name}={weight:g}" for name, weight in self.weights._asdict().items() if weight)
@@ -377,7 +378,7 @@ class BlobLoss(BaseLoss):
         valid_mask: Tensor | None = None,
     ) -> BlobTerms:
         """Both parts, unweighted and with gradients."""
-        return evaluate_blob(self.settings, input, target, target_labels, valid_mask)
+        return BlobTerms(**evaluate(self.settings, self.weights._fields, input, target, target_labels, valid_mask))
 
     def extra_repr(self) -> str:
         weights = f"pixel_weight={self.weights.seg:g}, blob_weight={self.weights.blob:g}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -11,9 +11,18 @@ from torch import Tensor
 
 from .checks import reads_values
 
-__all__ = ["ProcessGroup", "check_process_group", "global_factors", "report_failure", "resolve_group"]
+__all__ = ["Local", "ProcessGroup", "check_process_group", "global_factors", "report_failure", "resolve_group"]
 
 ProcessGroup: TypeAlias = "dist.ProcessGroup | str | None"
+
+
+class Local(NamedTuple):
+    """The terms of the batch of this rank, and the number of entries that each is the mean of."""
+
+    found: dict[str, Tensor]
+    planes: int
+    entries: Tensor  # [2] float64: of `instance_gt` (or planes of `blob`), of `instance_pred`
+
 
 _agreed: set[tuple[str, str]] = set()
 """Groups, and settings that all of their ranks were found to have."""

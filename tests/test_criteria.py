@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastinstance
-from fastinstance import compat, criteria, functional, masked, reference
+from fastinstance import compat, criteria, dispatch, functional, masked, reference
 from fastinstance.pixel import Sums
 from fastinstance.testing import Scene, assert_close, scenes
 from tests.criteria_cases import lovasz
@@ -201,7 +201,7 @@ def test_a_criterion_that_ignores_the_prediction_has_gradient_zero() -> None:
 def test_callables_use_torch_where_others_use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"sigmoid": True, **losses(lovasz, blob=False)}
     expected = values_and_gradients(functional.instance_terms, SCENE, options)
-    monkeypatch.setattr(functional, "backend_for", lambda tensor: "triton")
+    monkeypatch.setattr(dispatch, "backend_for", lambda tensor: "triton")
     check(values_and_gradients(functional.instance_terms, SCENE, options), expected)
     blob = functional.blob_terms(SCENE.input, SCENE.target, sigmoid=True, pixel_loss=lovasz)
     assert_close(blob.blob, reference.blob_terms(SCENE.input, SCENE.target, sigmoid=True, pixel_loss=lovasz).blob)

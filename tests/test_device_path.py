@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import fastinstance
 from bench import aot, sanitize
-from fastinstance import backend, components, functional, fused, regions, segments
+from fastinstance import backend, components, dispatch, fused, regions, segments
 from fastinstance.functional import InstanceTerms
 
 READ = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "cpu"}
@@ -67,7 +67,7 @@ def test_nothing_waits_for_the_device(
     if options == "small components" and name in ("CC", "inverse-weighted"):
         options = "sigmoid"  # they have no `min_size`
     loss = LOSSES[name](**OPTIONS[options])
-    for module in (components, functional, regions):
+    for module in (components, dispatch, regions):
         monkeypatch.setattr(module, "backend_for", lambda tensor: "triton")
     for module in (backend, fused, segments):
         monkeypatch.setattr(module, "by_operators", lambda tensor: operators)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 import fastinstance
+from fastinstance.scene import Call
 from fastinstance.testing import assert_close
 
 SAME_NAME = ("DiceLoss", "DiceCELoss", "GeneralizedDiceLoss", "FocalLoss", "GeneralizedDiceFocalLoss", "TverskyLoss")
@@ -61,7 +62,7 @@ def test_meta_tensors_everywhere() -> None:
     wrapped = [MetaTensor(tensor) for tensor in (input, target, labels, valid)]
     assert_close(loss(*wrapped[:2], target_labels=wrapped[2], valid_mask=wrapped[3]), expected)
     # The kernels get plain tensors too.
-    call = fastinstance.functional.Call(loss.settings, *wrapped)
+    call = Call(loss.settings, *wrapped)
     assert all(type(image) is Tensor for image in call.images)
 
 

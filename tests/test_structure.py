@@ -17,11 +17,13 @@ ROOT = Path(__file__).parent.parent
 # A module may import from the layers above its own in this list (and from its own).
 LAYERS = [
     {"backend", "boxes", "checks", "criteria", "files", "fused", "graphs", "pixel", "ranks", "segments", "summary"},
-    {"components", "ops", "parallel", "planes", "regions", "torch_func"},
+    {"components", "ops", "parallel", "planes", "regions", "settings", "torch_func"},
     {"partition"},
     {"masked", "matching", "terms"},
-    {"functional", "reference"},
-    {"compat", "losses", "metrics", "testing"},
+    {"reference", "scene"},
+    {"compat", "torch_backend", "triton_backend"},
+    {"dispatch"},
+    {"functional", "losses", "metrics", "testing"},
     {"accumulate", "componentwise", "ensemble", "overlay"},
     {"commands"},
     {"integrations.lightning", "integrations.nnunet.trainers"},
