@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
     report.add_argument("--plots", type=Path, help="a folder for PNG files")
     commands.add_parser("docs", help="write the figures of the losses into docs/losses.md")
-    readme = commands.add_parser("readme", help="write the figures of the newest results files into README.md")
+    readme = commands.add_parser(
+        "readme", help="write the figures of the newest results files into README.md and docs/figures.md"
+    )
     readme.add_argument("--check", action="store_true", help="only fail if they are not up to date")
     return parser
 
@@ -129,15 +131,15 @@ def main(argv: list[str] | None = None) -> int:
 
             losses.DOCS.write_text(losses.write_docs())
         elif options.command == "readme":
-            from .report import figures, readme
+            from .report import PAGES, filled
 
-            path = ROOT / "README.md"
-            text = path.read_text()
-            wanted = readme(text, figures(results.newest()))
-            if options.check and wanted != text:
-                raise ValueError("README.md lacks the figures of the newest results; run `python -m bench readme`")
-            if not options.check:
-                path.write_text(wanted)
+            for page, block in PAGES.items():
+                text = (ROOT / page).read_text()
+                wanted = filled(text, block(results.newest()))
+                if options.check and wanted != text:
+                    raise ValueError(f"{page} lacks the figures of the newest results; run `python -m bench readme`")
+                if not options.check:
+                    (ROOT / page).write_text(wanted)
         elif options.command == "aot" and options.report:
             from .aot import report
 

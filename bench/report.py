@@ -1,19 +1,20 @@
-"""Tables and README figures, made from results files alone."""
+"""Tables and the figures of the documentation, made from results files alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from . import results
 from .registry import SUITES
 
-__all__ = ["BEGIN", "END", "figures", "goals", "markdown", "readme", "table"]
+__all__ = ["BEGIN", "END", "PAGES", "figures", "filled", "goals", "headline", "markdown", "table"]
 
 Row = dict[str, Any]
 _SHORT = ("threads", "load", "torch", "driver", "commit", "date")
-_LONG = ("scaling", "losses", "aot")  # suites whose tables would fill the README; docs/losses.md has the second
+_HEADLINES = ("gpu", "cpu")
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 
 
@@ -174,7 +175,9 @@ def _machine(suite: dict[str, Any], *, short: bool = False) -> str:
     known = {key: value for key, value in known.items() if not short or key in _SHORT}
     text = f"{name}, " + ", ".join(f"{key} {value}" for key, value in known.items())
     text += "; processor time of all threads" * (suite.get("clock") == "cpu")
-    return text + f"; copies {suite['copy_bytes_per_second'] / 1e9:.0f} GB/s" * ("copy_bytes_per_second" in suite)
+    if "copy_bytes_per_second" in suite:
+        text += f"; copies {suite['copy_bytes_per_second'] / 1e9:.0f} GB/s"
+    return text
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -187,36 +190,49 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def figures(paths: Iterable[Path]) -> str:
-    """The figures of the README: the tables of some files, with their machines."""
-    lines = [
-        "Medians in milliseconds; competitors take turns in one process. A step is forward and backward, labelling",
-        "included. In brackets: the ratio to the run that the text names, from the same rounds; “>” where a slow peer",
-        "had time for a part of the batch only. Plots and the other suites: `python -m bench report FILE`.",
+def _section(path: Path, name: str, suite: dict[str, Any], folder: str) -> list[str]:
+    """The table of a suite with what it is, its machine, and the results file relative to the folder of the page."""
+    base = next((row["base"] for row in suite["rows"] if row.get("base")), "")
+    share = any(row["share"] for row in suite["rows"])
+    what = SUITES[name] + (f"; {'share of the step beyond' if share else 'ratio to'} “{base}”" if base else "")
+    where = os.path.relpath(path, results.ROOT / folder)
+    on = f"On {_machine(suite, short=True)} ([{path.name}]({where}))."
+    return ["", f"**`python -m bench {name}`**: {what}.", on, "", table(suite)]
+
+
+def _measured(paths: Iterable[Path]) -> list[tuple[Path, str, dict[str, Any]]]:
+    """All suites of these files; `aot` measures no time and has its place in bench/NOTES.md."""
+    return [
+        (path, name, suite) for path in paths for name, suite in results.load(path)["suites"].items() if name in SUITES
     ]
-    for path in paths:
-        suites = results.load(path)["suites"]
-        where = path.relative_to(results.ROOT).as_posix()
-        for name, suite in suites.items():
-            if name in _LONG:
-                continue
-            base = next((row["base"] for row in suite["rows"] if row.get("base")), "")
-            share = any(row["share"] for row in suite["rows"])
-            what = SUITES.get(name, "compiled kernels")
-            if base:
-                what += f"; {'share of the step beyond' if share else 'ratio to'} “{base}”"
-            lines += ["", f"**`python -m bench {name}`**: {what}."]
-            lines += [
-                f"On {_machine(suite, short=True)} ([{path.name}]({where})).",
-                "",
-                table(suite),
-                *_goal_lines(suite),
-            ]
-    return "\n".join(lines)
 
 
-def readme(text: str, block: str) -> str:
-    """The README with its block of figures replaced.
+def figures(paths: Iterable[Path]) -> str:
+    """All tables of some files: the block of docs/figures.md."""
+    lines = []
+    for path, name, suite in _measured(paths):
+        lines += [*_section(path, name, suite, "docs"), *_goal_lines(suite)]
+    return "\n".join(lines).strip()
+
+
+def headline(paths: Iterable[Path]) -> str:
+    """The block of the README: the time of all terms on each device, and every goal that was missed."""
+    measured = _measured(paths)
+    lines = [line for one in measured if one[1] in _HEADLINES for line in _section(*one, "")]
+    missed = [(name, *goal[:-1]) for _, name, suite in measured for goal in goals(suite) if not goal[-1]]
+    if missed:
+        cells = [[name, case, text, _number(value), _number(bound)] for name, case, text, value, bound in missed]
+        lines += ["", "Goals of our own that are missed:", ""]
+        lines += _lines(["suite", "case", "goal", "measured", "asked"], cells)
+    return "\n".join(lines).strip()
+
+
+PAGES: dict[str, Callable[[Iterable[Path]], str]] = {"README.md": headline, "docs/figures.md": figures}
+"""Pages with a block of figures, and what is in it."""
+
+
+def filled(text: str, block: str) -> str:
+    """A page with its block of figures replaced.
 
     Raises:
         ValueError: the text has no such block.

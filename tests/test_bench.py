@@ -306,13 +306,21 @@ def test_newest_files_of_each_device(tmp_path: Path) -> None:
     assert [path.stem for path in results.newest(tmp_path)] == ["nvidia-h100-2024-01-01", "cpu-2026-01-02"]
 
 
-def test_the_readme_has_the_figures_of_the_newest_results() -> None:
+def test_the_pages_have_the_figures_of_the_newest_results() -> None:
     assert results.newest()
     assert main(["readme", "--check"]) == 0
-    text = (ROOT / "README.md").read_text()
-    assert report.readme(text, "x").count("x\n" + report.END) == 1
+    for page in report.PAGES:
+        assert report.filled((ROOT / page).read_text(), "x").count("x\n" + report.END) == 1
     with pytest.raises(ValueError, match="expected one block"):
-        report.readme("no block", "x")
+        report.filled("no block", "x")
+
+
+def test_the_readme_shows_every_goal_that_was_missed() -> None:
+    everything = "\n".join(report.markdown(results.load(path)) for path in results.newest())
+    missed = [line.split(" | ")[1] for line in everything.splitlines() if line.endswith("| no |")]
+    shown = report.headline(results.newest())
+    assert missed
+    assert all(goal in shown for goal in missed)
 
 
 def test_aot_rows_are_a_suite(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,7 @@ def worker(rank: int, store: str, out: str) -> None:
         "threshold": lambda: call(threshold=(0.5, 0.6)[rank]),
         "loss": lambda: call(pixel_loss=fastinstance.DiceLoss(squared_pred=bool(rank))),
         "weight": lambda: call(false_gt=1.0 + rank),
+        "weight of the blobs": lambda: call(kind=fastinstance.BlobLoss, blob_weight=1.0 + rank),
         "reduction": lambda: call(reduction=("none", "mean")[rank]),
         "parameter": lambda: fastinstance.ComponentTverskyLoss(
             sigmoid=True, process_group="world", alpha=0.3 + 0.1 * rank
@@ -237,6 +238,7 @@ def test_functions_without_a_name_of_their_own_are_alike(found: list[dict[Any, A
         ("threshold", ("'sigmoid': True", "'threshold': 0.6")),
         ("loss", ("'pixel_loss': Dice(", "squared_pred=True")),
         ("weight", ("'false_gt': 1.0", "'false_gt': 2.0")),
+        ("weight of the blobs", ("'blob': 1.0", "'blob': 2.0")),
         ("reduction", ("'reduction': 'none'", "")),
         ("parameter", ("'alpha': 0.3", "'alpha': 0.4")),
         ("kind", ("'false_gt': 1.0", "'blob'")),
