@@ -16,6 +16,8 @@ from tests.lines import lines_executed
 ROOT = Path(__file__).parent.parent
 # A module may import from the layers above its own in this list (and from its own).
 LAYERS = [
+    {"testing.comparison", "testing.strategies"},
+    {"testing.properties"},
     {"backend", "boxes", "checks", "criteria", "files", "fused", "graphs", "pixel", "ranks", "segments", "summary"},
     {"components", "ops", "parallel", "planes", "regions", "settings", "torch_func"},
     {"partition"},
@@ -23,7 +25,7 @@ LAYERS = [
     {"reference", "scene"},
     {"compat", "torch_backend", "triton_backend"},
     {"dispatch"},
-    {"functional", "losses", "metrics", "testing"},
+    {"functional", "losses", "metrics"},
     {"accumulate", "componentwise", "ensemble", "overlay"},
     {"commands"},
     {"integrations.lightning", "integrations.nnunet.trainers"},
