@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from fastinstance import __version__
 from fastinstance.arguments import add_commands, add_study, add_train, whole
 
 DEMO_LOSSES = ("detection", "false", "ici", "proximity", "blob", "instance")
@@ -30,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fastinstance", description="Instance-level segmentation losses and metrics.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"fastinstance {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",

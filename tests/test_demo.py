@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastinstance
 from fastinstance import __main__ as command_line
 from fastinstance.study import brain, demo
 
@@ -200,6 +201,12 @@ def test_bad_flags_give_one_line(flags, expected, capsys):
         command_line.main(flags)
     assert stopped.value.code == 2
     assert expected in only_line(capsys.readouterr().err)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command_line.main(["--version"])
+    assert capsys.readouterr().out == f"fastinstance {fastinstance.__version__}\n"
 
 
 def test_missing_extras_name_the_pip_command(monkeypatch, capsys):
