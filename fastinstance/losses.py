@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
@@ -102,11 +104,13 @@ class BaseLoss(nn.Module):
             TypeError: an option that this loss does not have; `Settings` would take it and nothing would come of it.
         """
         for name in options:
-            if name not in known.__optional_keys__:
-                raise TypeError(
-                    f"expected {type(self).__name__} with its own arguments and "
-                    f"{', '.join(sorted(known.__optional_keys__))}, got {name}"
-                )
+            if name in known.__optional_keys__:
+                continue
+            mine = [p for cls in type(self).__mro__ for p in inspect.signature(cls.__init__).parameters.values()]
+            names = sorted({p.name for p in mine if p.kind is p.KEYWORD_ONLY} | known.__optional_keys__)
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise TypeError(f"expected arguments of {type(self).__name__} among {', '.join(names)}, got {name}{hint}")
         self.settings = Settings(**own, **options)  # pyright: ignore[reportArgumentType]
 
     def extra_repr(self) -> str:
