@@ -17,21 +17,21 @@ def blocks(page: str, language: str = "python") -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
 
 
-def run(*command: str | Path, **environment: str) -> str:
-    """What a Python program prints."""
+def start(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """A Python program that has ended."""
     paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_the_torchrun_example(tmp_path: Path) -> None:
     (code,) = blocks("distributed.md")
     script = tmp_path / "train.py"
     script.write_text(code)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    assert re.fullmatch(r"loss \d\.\d{4}\n", run(*launcher, script))
+    done = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script)
+    assert re.fullmatch(r"loss \d\.\d{4}\n", done.stdout), done.stderr
+    # After its last line a process can still be aborted by a thread of Gloo (pytorch/pytorch#190489).
+    assert done.returncode == 0 or "terminate called without an active exception" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(("block", "needs"), [(0, "ignite"), (2, "lightning")])
@@ -40,7 +40,8 @@ def test_the_integrations(block: int, needs: str, tmp_path: Path) -> None:
         pytest.skip(f"needs {needs}")
     script = tmp_path / "train.py"
     script.write_text(blocks("integrations.md")[block])
-    run(script)
+    done = start(script)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_run_and_the_plan_of_the_study_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
