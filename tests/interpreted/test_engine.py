@@ -170,7 +170,8 @@ def test_channels(softmax: bool) -> None:
     options = {"to_onehot_y": True, "include_background": False, "softmax": softmax, "sigmoid": not softmax}
     for reduction in ("mean", "none"):
         check(input, target, pixel_loss="gdf" if softmax else "dicece", reduction=reduction, **options)
-    check(input, target, pixel_loss="dicece", instance_loss="focal", blob=True, softmax=True, to_onehot_y=True)
+    options["include_background"] = True
+    check(input, target, pixel_loss="dicece", instance_loss="focal", blob=True, **options)
 
 
 @pytest.mark.parametrize(
