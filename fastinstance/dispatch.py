@@ -68,7 +68,7 @@ def evaluate(
 
     def local() -> Local:
         if on_kernels(settings, wanted, input):
-            return triton_backend.terms(Call(settings, *images), dict.fromkeys(wanted, 0.0))[0]
+            return triton_backend.terms(Call(settings, *images), wanted)
         scene = Scene(settings, *images)
         return torch_backend.blob_terms(scene) if "blob" in wanted else torch_backend.instance_terms(scene, wanted)
 
@@ -87,7 +87,7 @@ def weighted_sum(
     """Sum of weight · term over the named terms."""
     images = input, target, target_labels, valid_mask
     if resolve_group(settings.process_group) is None and on_kernels(settings, weights, input):
-        return triton_backend.terms(Call(settings, *images), weights)[1]
+        return triton_backend.weighted_sum(Call(settings, *images), weights)
     found = evaluate(settings, weights, *images)
     first, *rest = (weight * found[name] for name, weight in weights.items())
     return sum(rest, first)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import NamedTuple
 
@@ -139,7 +140,7 @@ class Form(NamedTuple):
 class SeparableLoss:
     """Base of the separable losses: which sums are needed, and the reduction R, of the loss's `form`."""
 
-    @property
+    @cached_property
     def form(self) -> Form:
         raise TypeError(f"{type(self).__name__} does not define its form")
 
@@ -204,7 +205,7 @@ class Dice(SeparableLoss):
         check_not_negative(smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
         check_flags(squared_pred=self.squared_pred, jaccard=self.jaccard)
 
-    @property
+    @cached_property
     def form(self) -> Form:
         if self.jaccard:
             return Form((Ratio(self.smooth_nr, self.smooth_dr, b=-2, c=2, d=2),), squared=self.squared_pred)
@@ -223,7 +224,7 @@ class Tversky(SeparableLoss):
     def __post_init__(self) -> None:
         check_not_negative(alpha=self.alpha, beta=self.beta, smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
 
-    @property
+    @cached_property
     def form(self) -> Form:
         both = 1 - self.alpha - self.beta  # TP + alpha·FP + beta·FN in I, P and G
         return Form((Ratio(self.smooth_nr, self.smooth_dr, a=1, b=both, c=self.alpha, d=self.beta),))
@@ -243,7 +244,7 @@ class GeneralizedDice(SeparableLoss):
     def __post_init__(self) -> None:
         check_not_negative(smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
 
-    @property
+    @cached_property
     def form(self) -> Form:
         return Form((Ratio(self.smooth_nr, self.smooth_dr, weighting="generalized"),))
 
@@ -252,7 +253,7 @@ class GeneralizedDice(SeparableLoss):
 class CrossEntropy(SeparableLoss):
     """Mean over Ω of -log of the probability of the right answer: binary per plane, categorical under softmax."""
 
-    @property
+    @cached_property
     def form(self) -> Form:
         return Form(joined_weight=1, gamma=0.0)
 
@@ -270,7 +271,7 @@ class Focal(SeparableLoss):
                 f"expected gamma to be 0 or at least 1, got {self.gamma}; in between the slope is unbounded"
             )
 
-    @property
+    @cached_property
     def form(self) -> Form:
         return Form(pointwise_weight=1, gamma=float(self.gamma))
 
@@ -290,7 +291,7 @@ class InverseWeightedDice(SeparableLoss):
     def __post_init__(self) -> None:
         check_not_negative(smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
 
-    @property
+    @cached_property
     def form(self) -> Form:
         return Form((Ratio(self.smooth_nr, self.smooth_dr, weighting="inverse"),))
 
@@ -308,7 +309,7 @@ class WeightedSum(SeparableLoss):
         if len({form.squared for form in forms if form.ratios}) > 1:
             raise ValueError("expected all parts of a weighted sum to agree on squared_pred")
 
-    @property
+    @cached_property
     def form(self) -> Form:
         forms = [(weight, loss.form) for weight, loss in self.parts]
         return Form(

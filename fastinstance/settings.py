@@ -53,6 +53,10 @@ class Settings:
     reduction: str = "mean"
     max_instances: int | None = None
     process_group: ProcessGroup = None
+    pixel: SeparableLoss | Criterion = field(init=False, repr=False, compare=False)
+    """What `pixel_loss` means; the next two likewise."""
+    instance: SeparableLoss | Criterion = field(init=False, repr=False, compare=False)
+    center: SeparableLoss | Criterion = field(init=False, repr=False, compare=False)
     words: str = field(default="", init=False, repr=False, compare=False)
     """With a process group: the settings as every rank would write them, without addresses."""
 
@@ -79,8 +83,8 @@ class Settings:
         check_process_group(self.process_group)
         several = [len(value) for value in (self.center_size, self.spacing) if isinstance(value, Sequence)]
         self.for_axes(3 if 3 in several or self.connectivity in CONNECTIVITIES[3] else 2)
-        for name in ("pixel_loss", "instance_loss", "center_loss"):
-            self._check_nested(name)
+        for name in ("pixel", "instance", "center"):
+            object.__setattr__(self, name, self._resolve(f"{name}_loss"))
         if self.process_group is not None:
             losses = {"pixel_loss": self.pixel, "instance_loss": self.instance, "center_loss": self.center}
             shown = {**self.changed, **losses}
@@ -100,8 +104,8 @@ class Settings:
         """The settings that differ from the defaults."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init and getattr(self, f.name) != f.default}
 
-    def _check_nested(self, name: str) -> None:
-        """A module given as a pixel loss must not bring an activation of its own that differs from ours."""
+    def _resolve(self, name: str) -> SeparableLoss | Criterion:
+        """The loss given as `name`; a module must not bring an activation of its own that differs from ours."""
         loss = getattr(self, name)
         resolved = resolve(loss, name)
         inner = getattr(loss, "settings", None)
@@ -116,15 +120,4 @@ class Settings:
                     )
         if isinstance(resolved, Criterion):
             advise(resolved)
-
-    @property
-    def pixel(self) -> SeparableLoss | Criterion:
-        return resolve(self.pixel_loss, "pixel_loss")
-
-    @property
-    def instance(self) -> SeparableLoss | Criterion:
-        return resolve(self.instance_loss, "instance_loss")
-
-    @property
-    def center(self) -> SeparableLoss | Criterion:
-        return resolve(self.center_loss, "center_loss")
+        return resolved

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -20,7 +20,10 @@ from .terms import BlobTerms, InstanceTerms
 if TYPE_CHECKING:
     from fastinstance_kernels.engine import Loss
 
-__all__ = ["Images", "as_numbers", "drop_small_ids", "terms"]
+__all__ = ["Images", "as_numbers", "drop_small_ids", "terms", "weighted_sum"]
+
+
+_DICE = Dice().form.numbers
 
 
 def as_numbers(loss: SeparableLoss) -> Loss:
@@ -85,12 +88,40 @@ class Images(NamedTuple):
         return cls(values, truth, predicted, valid, given, logits, threshold, batch, channels)
 
 
-def terms(call: Call, weights: Mapping[str, float]) -> tuple[Local, Tensor]:
-    """The terms named in `weights` (blob loss: "seg" and "blob") and their weighted sum."""
+class _Run(NamedTuple):
+    """The results of one run of the kernels, for the terms it was asked for."""
+
+    names: Collection[str]
+    found: Tensor  # [7] or [7, planes]: blob loss's two terms, or all in the order of `InstanceTerms`
+    total: Tensor  # their weighted sum
+    entries: Tensor
+    planes: int
+    shape: tuple[int, ...]  # of a term
+
+    def by_name(self) -> dict[str, Tensor]:
+        order = BlobTerms._fields if "blob" in self.names else InstanceTerms._fields
+        terms = zip(order, self.found.unbind(0), strict=False)
+        return {name: value.view(self.shape) for name, value in terms if name in self.names}
+
+
+def terms(call: Call, wanted: Collection[str]) -> Local:
+    """The terms named in `wanted`, of `InstanceTerms`, or those of blob loss ("seg" and "blob")."""
+    runs = _runs(call, dict.fromkeys(wanted, 0.0))
+    found = {name: value for run in runs for name, value in run.by_name().items()}
+    return Local(found, runs[0].planes, runs[0].entries)
+
+
+def weighted_sum(call: Call, weights: Mapping[str, float]) -> Tensor:
+    """The sum of weight · term."""
+    first, *rest = (run.total.view(run.shape) for run in _runs(call, weights))
+    return sum(rest, first)
+
+
+def _runs(call: Call, weights: Mapping[str, float]) -> list[_Run]:
+    """The terms named in `weights`, in one run, or two where small components stay in the pixel term alone."""
     settings, images = call.settings, Images.of(call)
     if settings.min_size <= 1:
-        return _run(call, images, weights)
-    # Components that are too small stay in the pixel term.
+        return [_run(call, images, weights)]
     assert images.predicted is not None
 
     def keep(mask: Tensor) -> Tensor:
@@ -98,15 +129,13 @@ def terms(call: Call, weights: Mapping[str, float]) -> tuple[Local, Tensor]:
 
     kept = drop_small_ids(images.target, settings.min_size) if images.given else keep(images.target)
     rest = {name: weight for name, weight in weights.items() if name != "seg"}
-    local, total = _run(call, images._replace(target=kept, predicted=keep(images.predicted)), rest)
+    runs = [_run(call, images._replace(target=kept, predicted=keep(images.predicted)), rest)]
     if "seg" in weights:
-        seg, share = _run(call, images, {"seg": weights["seg"]})
-        local, total = local._replace(found=seg.found | local.found), total + share
-    return local, total
+        runs.append(_run(call, images, {"seg": weights["seg"]}))
+    return runs
 
 
-def _run(call: Call, images: Images, weights: Mapping[str, float]) -> tuple[Local, Tensor]:
-    """One run of the kernels."""
+def _run(call: Call, images: Images, weights: Mapping[str, float]) -> _Run:
     from fastinstance_kernels.engine import Request
 
     settings = call.settings
@@ -125,7 +154,7 @@ def _run(call: Call, images: Images, weights: Mapping[str, float]) -> tuple[Loca
         seg=loss_of(settings.pixel, "seg"),
         own=loss_of(settings.instance, "instance_gt", "instance_pred", "proximity", "blob"),
         center=loss_of(settings.center, "center"),
-        dice=Dice().form.numbers,
+        dice=_DICE,
         inverse="seg" in weights and isinstance(settings.pixel, InverseWeightedDice),
         blob="blob" in weights,
         false_rates=false_rates,
@@ -155,6 +184,5 @@ def _run(call: Call, images: Images, weights: Mapping[str, float]) -> tuple[Loca
         request=request.encode(),
         max_instances=settings.max_instances,
     )
-    view = (images.batch, images.channels) if settings.reduction == "none" else ()
-    by_name = {name: value.view(view) for name, value in zip(order, found.unbind(0), strict=False) if name in weights}
-    return Local(by_name, images.batch * images.channels, entries), total.view(view)
+    shape = (images.batch, images.channels) if settings.reduction == "none" else ()
+    return _Run(weights, found, total, entries, images.batch * images.channels, shape)

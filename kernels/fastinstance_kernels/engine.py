@@ -35,9 +35,12 @@ class Loss(NamedTuple):
     gamma: float = -1.0  # of the pointwise part; below 0 there is none
 
 
+_text_of = lru_cache(maxsize=256)(json.dumps)
+
+
 @torch.compiler.assume_constant_result
 def as_text(fields: tuple[object, ...]) -> str:
-    return json.dumps(fields)
+    return _text_of(fields)
 
 
 def fields_of(text: str) -> list[Any]:
