@@ -355,3 +355,14 @@ def test_gpu_sh_gives_each_file_of_tests_a_process(tmp_path: Path) -> None:
     assert sorted(re.findall(r"^== (tests/gpu/\S+): 1 passed$", summary, re.MULTILINE)) == [
         f"tests/gpu/{file.name}" for file in files
     ]
+
+
+def test_host_times_every_loss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    host = pytest.importorskip("bench.host")
+    monkeypatch.setattr(host, "_microseconds", lambda call: call() is None)  # once each; a step returns nothing
+    threads = torch.get_num_threads()
+    host.main()
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert "| all terms | 12 | 0 | 1 | 1 |" in printed
+    assert "| DiceCELoss | 5 | 0 | 1 | 1 |" in printed

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
-from fastinstance_kernels import engine, launch, regions, segments
+from fastinstance_kernels import launch
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import fastinstance
+from bench import host
 from fastinstance.functional import InstanceTerms, instance_terms
 
 
@@ -27,59 +25,27 @@ class Launch(NamedTuple):
     arguments: tuple[object, ...]
 
 
-class Compiled:
-    """Stands for a kernel that Triton compiled for `key`."""
-
-    function = packed_metadata = None
-
-    def __init__(self, key: object, launches: list[Launch]) -> None:
-        self.key, self.launches, self.searched = key, launches, 0
-
-    def launch_metadata(self, *_: object) -> None: ...
-
-    def _record(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        kinds = (((x.dtype, x.shape) if isinstance(x, Tensor) else x) for x in arguments)
-        self.launches.append(Launch(self.key, grid, tuple(kinds)))
-
-    def run(self, x: int, y: int, z: int, *arguments: Any) -> None:
-        self.searched += 1
-        self._record((x, y, z), arguments[6:])  # after stream, function, metadata and hooks
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments: self._record(grid, arguments)
+def kind(argument: object) -> object:
+    return (argument.dtype, argument.shape) if isinstance(argument, Tensor) else argument
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
-    """Collects the launches inside on CPU tensors, by an H100 that is not there: nothing is compiled or run."""
+def launches() -> Iterator[list[Launch]]:
+    """Collects the launches inside on CPU tensors."""
     found: list[Launch] = []
 
-    def compiled(kernel: Any, key: object, _signature: object, device: int, *_: object) -> Compiled:
-        kernel.device_caches[device][0][key] = result = Compiled((kernel.__name__, key), found)
-        return result
+    def launched(key: object, grid: tuple[int, ...], arguments: tuple[object, ...]) -> None:
+        found.append(Launch(key, grid, tuple(map(kind, arguments))))
 
-    device = SimpleNamespace(
-        get_current_device=lambda: 77,  # no other test's
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    )
-    monkeypatch.setattr(JITFunction, "_do_compile", compiled)
-    monkeypatch.setattr(launch, "INTERPRETED", True)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(driver, "_active", device)
-    launch._launches.cache_clear()
-    with fastinstance.use_backend("triton"):
+    with host.pretended_gpu(launched), fastinstance.use_backend("triton"):
         yield found
-    launch._launches.cache_clear()
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float32, offset: int = 0) -> tuple[Tensor, Tensor]:
     """Logits and a target, `offset` elements into their memory."""
-    number = torch.Size(shape).numel()
-    logits = (
-        torch.randn(number + offset)[offset:].to(dtype) if dtype == torch.float32 else torch.randn(number).to(dtype)
-    )
-    return logits.view(shape).requires_grad_(), (torch.rand(number + offset)[offset:] > 0.7).float().view(shape)
+    logits, noise = torch.randn(2, offset + torch.Size(shape).numel(), dtype=dtype)
+    target = torch.empty(len(noise)).copy_(noise > 0.5)
+    return logits[offset:].view(shape).requires_grad_(), target[offset:].view(shape)
 
 
 def step(loss: Any, *shape: int, dtype: torch.dtype = torch.float32, offset: int = 0, **given: Any) -> None:
@@ -92,7 +58,6 @@ def terms(input: Tensor, target: Tensor) -> Tensor:
     return torch.stack(instance_terms(input, target, sigmoid=True)).sum()
 
 
-KERNELS = engine, regions, segments  # imported before the interpreter is asked for
 ALL = fastinstance.InstanceLoss(**dict.fromkeys(InstanceTerms._fields, 1.0), sigmoid=True)
 SOFT = fastinstance.DetectionLoss(sigmoid=True)
 NONE = fastinstance.FalseLoss(sigmoid=True, reduction="none")

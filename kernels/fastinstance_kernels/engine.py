@@ -273,7 +273,7 @@ def forward(
     launch.check_device(values)
     plan = Plan.of(tuple(values.shape), request.connectivity, request.max_instances, given)
     results = {
-        name: torch.empty(shape, dtype=dtype, device=values.device)
+        name: launch.empty(values, *shape, dtype=dtype)
         for name, (shape, dtype) in shapes(request, tuple(values.shape), values.dtype, given).items()
     }
     found, total = results.pop("found"), results.pop("total")
@@ -290,26 +290,23 @@ def forward(
     if wide and sides == 2 and predicted is None:  # a number reaches a kernel as float32
         predicted = values >= request.threshold
 
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=values.device)
-
     dense_tiles = plan.tiles(launch.DENSE_ROWS) * plan.row_words
-    partial = empty(planes, dense_tiles, COLUMNS.value, dtype=torch.float64)
-    flags = empty(planes, dtype=torch.int32)
-    ticket = empty(1, dtype=torch.int32)
+    partial = launch.empty(values, planes, dense_tiles, COLUMNS.value, dtype=torch.float64)
+    flags = launch.empty(values, planes, dtype=torch.int32)
+    ticket = launch.empty(values, 1, dtype=torch.int32)
     rows = plan.table_rows(sides)
-    box = empty(boxes * rows * 2 * plan.axes, dtype=torch.int32)
+    box = launch.empty(values, boxes * rows * 2 * plan.axes, dtype=torch.int32)
     # Of the given ids first, of the pairs later.
     slot_bytes = (
         plan.capacity * plan.key.itemsize if sides == 2 else 0,
         8 * slots_for(pixels) if given and sides else 0,
     )
-    memory = empty(planes * launch.cdiv(max(slot_bytes), 8), dtype=torch.int64)
+    memory = launch.empty(values, planes * launch.cdiv(max(slot_bytes), 8), dtype=torch.int64)
     slots = memory.view(plan.key)
     real = torch.float64 if wide else torch.float32
-    losses = empty((request.own is not None) * rows, dtype=real)
-    slope = empty((sides > 0) * planes * plan.bound * request.slopes, dtype=real)
-    owners = empty(centers * 2 * planes * pixels, dtype=torch.int32)
+    losses = launch.empty(values, (request.own is not None) * rows, dtype=real)
+    slope = launch.empty(values, (sides > 0) * planes * plan.bound * request.slopes, dtype=real)
+    owners = launch.empty(values, centers * 2 * planes * pixels, dtype=torch.int32)
 
     step = launch.Step("terms", request, values, target, predicted, valid, given)
     with torch.cuda.device_of(values):
@@ -369,7 +366,7 @@ def forward(
                 num_warps=1, **launch.ALL_REGISTERS,
             )  # fmt: skip
         groups = plan.groups(1024, min(64, launch.cdiv(plan.bound, 64))) if sides else 1
-        parts = empty(planes, groups, PARTS.value, dtype=torch.float64)
+        parts = launch.empty(values, planes, groups, PARTS.value, dtype=torch.float64)
         step(
             gather, launch.programs(planes, groups),
             values if request.soft else None, saved.counts, saved.sums, losses, slope, saved.nearest, owners, valid,
@@ -406,9 +403,9 @@ def backward(
     wide = values.dtype == torch.float64
     real = torch.float64 if wide else torch.float32
     result = torch.empty_like(values)
-    upstream = torch.empty(planes, dtype=torch.float64, device=values.device)
-    base = torch.empty(planes * BASE.value, dtype=real, device=values.device)
-    rows = torch.empty(plan.table_rows(sides) * 2 * k, dtype=real, device=values.device)
+    upstream = launch.empty(values, planes, dtype=torch.float64)
+    base = launch.empty(values, planes * BASE.value, dtype=real)
+    rows = launch.empty(values, plan.table_rows(sides) * 2 * k, dtype=real)
     groups = plan.groups(2048, launch.cdiv(plan.bound, 64)) if sides else 0
     block = 32
     grid = launch.programs(1, planes * groups + launch.cdiv(planes // request.channels, block))

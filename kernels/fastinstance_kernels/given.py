@@ -168,9 +168,9 @@ def number_ids(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = math.prod(size[:-1]), size[-1]
     launch.check_plane(rows, width, ids.shape)
     row_words, row_tiles = launch.cdiv(width, launch.WORD), launch.cdiv(rows, launch.TILE_ROWS)
-    masks, heads = (torch.empty(planes, rows * row_words, dtype=torch.int32, device=ids.device) for _ in range(2))
+    masks, heads = (launch.empty(ids, planes, rows * row_words, dtype=torch.int32) for _ in range(2))
     parents = empty_parents(ids, planes, size)
-    slots = torch.empty(planes * slots_for(rows * width), dtype=torch.int64, device=ids.device)
+    slots = launch.empty(ids, planes * slots_for(rows * width), dtype=torch.int64)
     step = launch.Step("numbers", ids)
     with torch.cuda.device_of(ids):
         step(

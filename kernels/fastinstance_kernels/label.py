@@ -436,7 +436,7 @@ _ONE_WARP = {"num_warps": 1}
 
 
 def _empty(x: torch.Tensor, *shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.int32, device=x.device)
+    return launch.empty(x, *shape, dtype=torch.int32)
 
 
 def empty_parents(mask: torch.Tensor, planes: int, size: Sequence[int]) -> torch.Tensor:

@@ -64,6 +64,13 @@ def cdiv(number: int, size: int) -> int:
     return -(-number // size)
 
 
+def empty(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
+    """Memory on the device of `like`. (A shape in one tuple takes the host twice as long.)"""
+    if not shape:
+        return torch.empty((), dtype=dtype, device=like.device)
+    return torch.empty(*shape, dtype=dtype, device=like.device)
+
+
 def programs(planes: int, per_plane: int) -> tuple[int]:
     """The grid of a kernel with `per_plane` programs for each plane; ValueError if no device can have it."""
     total = planes * per_plane

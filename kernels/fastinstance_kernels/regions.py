@@ -199,7 +199,7 @@ def nearest_label(labels: torch.Tensor, spacing: Sequence[float]) -> torch.Tenso
         spacing = (1.0,) * len(size)
 
     def empty(dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(labels.shape, dtype=dtype, device=labels.device)
+        return launch.empty(labels, *labels.shape, dtype=dtype)
 
     distance, label = empty(real), empty(labels.dtype)
     below, start = empty(real), empty(real)

@@ -437,12 +437,9 @@ def forward(
     layout = _Layout.of(tuple(values.shape), request, sides)
     plan, loss, k, groups = layout.plan, request.loss, request.features, layout.groups
 
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=values.device)
-
     kinds = shapes(request, tuple(values.shape), sides)
-    saved = Saved(*(empty(*kinds[name][0], dtype=kinds[name][1]) for name in Saved._fields))
-    parts = empty(layout.maps, groups, PARTS.value, dtype=torch.float64)
+    saved = Saved(*(launch.empty(values, *kinds[name][0], dtype=kinds[name][1]) for name in Saved._fields))
+    parts = launch.empty(values, layout.maps, groups, PARTS.value, dtype=torch.float64)
     grid = launch.programs(layout.maps, groups)
     bounds = layout.bound, layout.bound_pred, groups
     step = launch.Step("sums", request, values, target, valid, segments, others, counts)
@@ -488,7 +485,7 @@ def backward(
     plan, loss, k, groups = layout.plan, request.loss, request.features, layout.groups
     real = torch.float64 if values.dtype == torch.float64 else torch.float32
     result = torch.empty_like(values)
-    coefficients = torch.empty((not request.peaks) * layout.rows * 2 * k, dtype=real, device=values.device)
+    coefficients = launch.empty(values, (not request.peaks) * layout.rows * 2 * k, dtype=real)
     images = values, target, valid, segments, others, counts
     step = launch.Step("gradient of sums", request, *images, upstream, others=saved)
     with torch.cuda.device_of(values):
