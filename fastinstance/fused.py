@@ -119,11 +119,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _by_values(gradient: Callable[..., Tensor], ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     """The derivatives by all inputs of `fastinstance::terms`, with `gradient` in place of `_gradient`."""
-    values, valid, *saved = ctx.saved_tensors
     if all(g is None for g in upstream):
         return (None,) * 7
+    values, valid, *saved = ctx.saved_tensors  # a checkpoint hands them out only once
     given = [None if g is None else g.contiguous() for g in upstream]
-    return gradient(*given, values, valid, saved, *ctx.settings), *[None] * 6
+    found = gradient(*given, values, valid, saved, *ctx.settings)
+    return OnlyOnce.apply(found, values, *upstream) if torch.is_grad_enabled() else found, *[None] * 6
 
 
 def no_second_derivative(ctx: Any, *_: Tensor) -> None:
@@ -161,10 +162,7 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradient, *rest = _by_values(_gradient, ctx, *upstream[:2])
-        if gradient is not None and torch.is_grad_enabled():
-            gradient = OnlyOnce.apply(gradient, ctx.saved_tensors[0], *upstream[:2])
-        return gradient, *rest
+        return _by_values(_gradient, ctx, *upstream[:2])
 
 
 _pending: list[tuple[torch.cuda.Event | None, Tensor, int]] = []

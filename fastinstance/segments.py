@@ -119,10 +119,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _by_values(gradient: Callable[..., Tensor], ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     """The derivatives by all inputs of `fastinstance::segment_sums`, with `gradient` in place of `_gradient`."""
-    images, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
     if upstream is None:
         return (None,) * 7
-    return gradient(upstream.contiguous(), *images, [*saved], ctx.request), *[None] * 6
+    values, target, valid, segments, others, counts, *saved = ctx.saved_tensors  # a checkpoint hands them out only once
+    found = gradient(upstream.contiguous(), values, target, valid, segments, others, counts, saved, ctx.request)
+    return OnlyOnce.apply(found, values, upstream) if torch.is_grad_enabled() else found, *[None] * 6
 
 
 sums_op.register_autograd(lambda ctx, *upstream: _by_values(gradient_op, ctx, upstream[0]), setup_context=_save)
@@ -142,10 +143,7 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient, *rest = _by_values(_gradient, ctx, upstream)
-        if gradient is not None and torch.is_grad_enabled():
-            gradient = OnlyOnce.apply(gradient, ctx.saved_tensors[0], upstream)
-        return gradient, *rest
+        return _by_values(_gradient, ctx, upstream)
 
 
 def segment_sums(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from triton.runtime.interpreter import InterpretedFunction
 
 import fastinstance
@@ -425,6 +426,19 @@ def test_no_second_derivative() -> None:
     (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="have no second derivative; detach the gradient"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("loss", [fastinstance.InstanceLoss, fastinstance.CCLoss])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_checkpoint(loss: Any, create_graph: bool) -> None:
+    """What a checkpoint keeps is there only once."""
+    input, target = images(1, 1, 3, 20)
+    leaf = input.requires_grad_()
+    with fastinstance.use_backend("triton"):
+        (expected,) = torch.autograd.grad(loss(sigmoid=True)(leaf, target), leaf)
+        value = checkpoint(loss(sigmoid=True), leaf, target, use_reentrant=False)
+        (gradient,) = torch.autograd.grad(value, leaf, create_graph=create_graph)
+    assert torch.equal(gradient, expected)
 
 
 @pytest.mark.parametrize("dyadic", [False, True])
