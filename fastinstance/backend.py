@@ -74,11 +74,17 @@ def backend_for(tensor: Tensor) -> str:
 
 
 def by_operators(tensor: Tensor) -> bool:
-    """Whether work on `tensor` goes through registered operators: in compiled code, and where there is no memory.
+    """Whether work on `tensor` goes through registered operators: in code that is compiled or traced, or has no memory.
 
     Elsewhere the functions behind them are called, since the dispatch of a custom operator takes the host longer.
     """
-    return torch.compiler.is_compiling() or tensor.is_meta or type(tensor) is not Tensor
+    return (
+        torch.compiler.is_compiling()
+        or tensor.is_meta
+        or type(tensor) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, FlopCounterMode and other modes that see operators only
+        or torch._C._is_tracing()  # torch.jit.trace
+    )
 
 
 P = ParamSpec("P")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastinstance
 from fastinstance.components import label_planes
@@ -25,6 +26,17 @@ def test_compiles_without_a_graph_break() -> None:
     compiled = torch.compile(lambda m: fastinstance.label(m)[0] * 2, fullgraph=True, backend="aot_eager")
     image = mask(2, 1, 8, 9)
     assert torch.equal(compiled(image), fastinstance.label(image)[0] * 2)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("trace", [make_fx, lambda function: lambda image: torch.jit.trace(function, image)])
+def test_a_trace_labels_other_images(trace: Any) -> None:
+    def labels(image: torch.Tensor) -> torch.Tensor:
+        return fastinstance.label(image)[0]
+
+    traced = trace(labels)(mask(1, 1, 8, 9))
+    image = ~mask(1, 1, 8, 9)
+    assert torch.equal(traced(image), labels(image))
 
 
 def test_threshold_equals_a_mask() -> None:
