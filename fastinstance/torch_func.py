@@ -97,6 +97,8 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if all(one is None for one in upstream):
+            return (None,) * (2 + ctx.others)
         return None, _Gradient.apply(ctx.graph, *ctx.saved_tensors, *upstream), *[None] * ctx.others
 
     vmap = staticmethod(_not_batched)

@@ -153,6 +153,27 @@ def test_vjp_of_several_results() -> None:
         assert_close(pull(ones)[0], expected)
 
 
+class Cut(torch.autograd.Function):
+    """Identity without a derivative, where `detach` would leave none to ask for."""
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> None:
+        return None
+
+
+def test_a_step_that_nothing_is_asked_of() -> None:
+    loss = LOSSES["all terms"]
+    found = torch.func.grad(lambda x: Cut.apply(loss(x, TARGET)) + x.sum())(LOGITS)
+    assert torch.equal(found, torch.ones_like(LOGITS))
+
+
 @quiet
 @every_loss
 def test_no_second_derivative(loss: Callable[..., Tensor]) -> None:
