@@ -46,7 +46,9 @@ COARSE = tl.constexpr(2.0**20)
 FIXED_D = tl.constexpr(2.0**31)
 """Unit of sums of distances, each at most 2 and of at most 2^31 pairs."""
 SLACK = tl.constexpr(1e-5)
-"""More than rounding does to a Distance-IoU loss."""
+"""More than rounding does to a Distance-IoU loss, if coordinates are small."""
+ROUNDING = tl.constexpr(3e-7)
+"""More than float32 rounds of a coordinate, in a difference of two centres."""
 PARTS = tl.constexpr(16)
 TERMS = tl.constexpr(8)
 
@@ -164,7 +166,7 @@ def _may_be_nearer(
     ρ²/τ² is at least (apart / (apart + s))², s being the diagonal of a box with the longest side along each axis.
     `nearest` is what all programs have found so far. It only falls: an earlier value excludes less, never too much.
     """
-    diagonal, apart, parted = 0.0, 0.0, False
+    diagonal, apart, corner, parted = 0.0, 0.0, 0.0, False
     for axis in tl.static_range(AXES):
         spacing = spacing_x if axis == AXES - 1 else spacing_y if axis == AXES - 2 else spacing_z
         low, high = _ends(boxes, row, axis, AXES)
@@ -172,13 +174,15 @@ def _may_be_nearer(
         longest = tl.max(other_high - other_low)
         side = tl.maximum(high - low, longest).to(REAL) * spacing
         diagonal += side * side
+        corner += high.to(REAL) * spacing
         if axis == 0:
             center, other_center = low + high, other_low + other_high  # twice
             twice = tl.maximum(tl.min(other_center) - center, center - tl.max(other_center))
             parted = twice > high - low + longest
             apart = twice.to(REAL) * (0.5 * spacing)
     least = tl.load(nearest + row, cache_modifier=".cg").to(REAL, bitcast=True)
-    reach = apart + tl.sqrt(diagonal)
+    reach = apart + ROUNDING * corner + tl.sqrt(diagonal)
+    apart = tl.maximum(apart - ROUNDING * corner, 0.0)
     return ~(parted & (apart * apart > (least - 1 + SLACK) * reach * reach))
 
 

@@ -18,7 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 import fastinstance
 from fastinstance import functional, fused, reference
 from fastinstance.testing import assert_close, pattern
-from tests.table_kernels import insert_all
+from tests.table_kernels import insert_all, reach
 from tests.test_terms import LOSSES, Case, cases
 
 # numpy warns of what a GPU computes in silence.
@@ -278,6 +278,20 @@ def test_boxes_that_are_out_of_reach(shape: tuple[int, ...], connectivity: int) 
     expected = loss(*of_masks(*masks))
     with fastinstance.use_backend("triton"):
         assert_close(loss(*of_masks(*masks)), expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0), (0.7, 0.3), (0.7, 0.001)])
+def test_the_bound_of_boxes_allows_for_rounding(spacing: tuple[float, float]) -> None:
+    """Of two boxes, far from the origin too, it is never above the distance as the kernel computes it."""
+    number, generator = 1024, torch.Generator().manual_seed(0)
+    for origin in (0, 40_000):
+        lower = origin + torch.randint(12, (number + 1, 2), generator=generator)
+        lower[:, 1] = lower[-1, 1]
+        upper = lower + torch.randint(1, 3, lower.shape, generator=generator)
+        boxes = torch.stack([-lower, upper - 1], -1).flatten(1).int()
+        nearest, hopeful = torch.empty(number, dtype=torch.int32), torch.zeros(number, dtype=torch.bool)
+        reach[(1,)](boxes, nearest, hopeful, *spacing, N=number)
+        assert hopeful.all()
 
 
 @pytest.mark.parametrize("seed", range(6))
