@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import (
     CONNECTIVITIES,
@@ -53,10 +53,8 @@ class Settings:
     reduction: str = "mean"
     max_instances: int | None = None
     process_group: ProcessGroup = None
-    pixel: SeparableLoss | Criterion = field(init=False, repr=False, compare=False)
-    """What `pixel_loss` means; the next two likewise."""
-    instance: SeparableLoss | Criterion = field(init=False, repr=False, compare=False)
-    center: SeparableLoss | Criterion = field(init=False, repr=False, compare=False)
+    fixed: dict[str, SeparableLoss | Criterion] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What the losses mean that are given by name or as one of this library; other modules may change later."""
     words: str = field(default="", init=False, repr=False, compare=False)
     """With a process group: the settings as every rank would write them, without addresses."""
 
@@ -83,8 +81,10 @@ class Settings:
         check_process_group(self.process_group)
         several = [len(value) for value in (self.center_size, self.spacing) if isinstance(value, Sequence)]
         self.for_axes(3 if 3 in several or self.connectivity in CONNECTIVITIES[3] else 2)
-        for name in ("pixel", "instance", "center"):
-            object.__setattr__(self, name, self._resolve(f"{name}_loss"))
+        for name in ("pixel_loss", "instance_loss", "center_loss"):
+            loss, resolved = getattr(self, name), self._resolve(name)
+            if not isinstance(loss, nn.Module) or hasattr(loss, "separable"):
+                self.fixed[name] = resolved
         if self.process_group is not None:
             losses = {"pixel_loss": self.pixel, "instance_loss": self.instance, "center_loss": self.center}
             shown = {**self.changed, **losses}
@@ -121,3 +121,15 @@ class Settings:
         if isinstance(resolved, Criterion):
             advise(resolved)
         return resolved
+
+    @property
+    def pixel(self) -> SeparableLoss | Criterion:
+        return self.fixed.get("pixel_loss") or resolve(self.pixel_loss, "pixel_loss")
+
+    @property
+    def instance(self) -> SeparableLoss | Criterion:
+        return self.fixed.get("instance_loss") or resolve(self.instance_loss, "instance_loss")
+
+    @property
+    def center(self) -> SeparableLoss | Criterion:
+        return self.fixed.get("center_loss") or resolve(self.center_loss, "center_loss")

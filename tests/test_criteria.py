@@ -295,6 +295,14 @@ def test_monai_losses_of_probabilities_are_recognised(monkeypatch: pytest.Monkey
         check(found, values_and_gradients(functional.instance_terms, SCENE, options))
 
 
+def test_a_recognised_loss_may_change_later() -> None:
+    module = monai.losses.TverskyLoss(alpha=0.5)
+    loss = fastinstance.ICILoss(sigmoid=True, instance_loss=module)
+    module.alpha = 0.1
+    expected = fastinstance.ICILoss(sigmoid=True, instance_loss=monai.losses.TverskyLoss(alpha=0.1))
+    assert torch.equal(loss(SCENE.input, SCENE.target), expected(SCENE.input, SCENE.target))
+
+
 def test_dice_over_the_batch_stays_so_as_the_pixel_loss() -> None:
     loss = monai.losses.DiceLoss(batch=True)
     p = SCENE.input.sigmoid()
