@@ -87,6 +87,7 @@ class Step:
 
     Triton looks for the compiled kernel of each launch by all of its arguments, which takes the host longer (8 to 40
     µs) than most of these kernels take a GPU. Here the step says once what all its launches depend on.
+    Profilers see the launches as ever; a change of Triton's debug setting or of its hooks before a run comes too late.
 
     Args:
         key: what decides which kernels the step launches, with which constants, integers and kinds of tensors. A
