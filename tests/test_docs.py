@@ -24,6 +24,13 @@ def start(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
 
 
+def run(*command: str | Path) -> str:
+    """What a Python program prints that does not fail."""
+    done = start(*command)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_torchrun_example(tmp_path: Path) -> None:
     (code,) = blocks("distributed.md")
     script = tmp_path / "train.py"
@@ -40,8 +47,7 @@ def test_the_integrations(block: int, needs: str, tmp_path: Path) -> None:
         pytest.skip(f"needs {needs}")
     script = tmp_path / "train.py"
     script.write_text(blocks("integrations.md")[block])
-    done = start(script)
-    assert done.returncode == 0, done.stderr
+    run(script)
 
 
 def test_the_run_and_the_plan_of_the_study_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
