@@ -12,6 +12,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
     generator = torch.Generator().manual_seed(0)
 
+    @torch.no_grad()  # torch itself makes some that require a gradient
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         memory = empty(*args, **kwargs)
         low, high = (0, 2) if memory.dtype == torch.bool else (-64, 64)
