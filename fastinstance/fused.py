@@ -154,10 +154,7 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         found, total, *saved = _terms(*inputs)
-        values, _, _, valid, *ctx.settings = inputs
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(saved[_COUNTS], saved[-1])
-        ctx.save_for_backward(values, valid, *saved)
+        _save(ctx, inputs, (found, total, *saved))
         return found, total, saved[_COUNTS], saved[-1]
 
     @staticmethod

@@ -135,11 +135,9 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        found, *saved = _sums(*inputs)
-        *images, ctx.request = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*images, *saved)
-        return found
+        output = _sums(*inputs)
+        _save(ctx, inputs, output)
+        return output[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
