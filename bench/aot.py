@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from fastinstance import pixel
+from fastinstance.triton_backend import as_numbers
 
 Row = dict[str, Any]
 
@@ -161,10 +162,7 @@ def recorded(name: str) -> Iterator[list[Variant]]:
 
 def _loss(loss: Any) -> engine.Loss | None:
     """A loss by name in the words of the kernels."""
-    if loss is None:
-        return None
-    form = pixel.resolve(loss, "loss").form
-    return engine.Loss(form.numbers, form.squared, -1.0 if form.gamma is None else form.gamma)
+    return None if loss is None else as_numbers(pixel.resolve(loss, "loss"))
 
 
 def step(
