@@ -25,7 +25,7 @@ import fastinstance
 from fastinstance import scene
 from fastinstance.functional import InstanceTerms
 
-__all__ = ["Compiled", "main", "pretended_gpu"]
+__all__ = ["main", "pretended_gpu"]
 
 KERNELS = engine, regions, segments  # imported before `use_backend` is told of an interpreter
 DEVICE = 77  # no other's: Triton keeps compiled kernels by device
@@ -55,7 +55,6 @@ def pretended_gpu(launched: Callable[..., None] = lambda *_: None) -> Iterator[N
     Args:
         launched: is told each launch: Triton's key of the kernel, the grid, and all arguments in the kernel's order.
     """
-
     caches = []
 
     def compiled(kernel: Any, key: object, _signature: object, device: int, *_: object) -> Compiled:
