@@ -25,6 +25,7 @@ __all__ = [
     "check_floating",
     "check_id_range",
     "check_images",
+    "check_labels",
     "check_mask",
     "check_mask_pair",
     "check_mask_values",
@@ -111,16 +112,15 @@ def check_activation(*, sigmoid: bool, softmax: bool, other_act: object) -> None
 def check_connectivity(connectivity: int | None, axes: int | None = None) -> int:
     """The connectivity to use for images of `axes` axes; None stands for full connectivity.
 
-    Without `axes` it is checked that there are images which it fits, 2D ones if nothing is said.
+    Without `axes` it is checked that there are images which it fits.
     """
-    if axes is None:
-        axes = 3 if connectivity in CONNECTIVITIES[3] else 2
-    choices = CONNECTIVITIES[axes]
+    several = CONNECTIVITIES if axes is None else {axes: CONNECTIVITIES[axes]}
     if connectivity is None:
-        return choices[-1]
-    if connectivity not in choices:
-        raise ValueError(f"expected connectivity in {choices} or None for {axes}D images, got {connectivity!r}")
-    return connectivity
+        return several[min(several)][-1]
+    if not isinstance(connectivity, int | np.integer) or not any(connectivity in known for known in several.values()):
+        known = ", ".join(f"in {choices} for {axes}D images" for axes, choices in several.items())
+        raise ValueError(f"expected connectivity {known}, or None for full connectivity, got {connectivity!r}")
+    return int(connectivity)
 
 
 def check_per_axis(name: str, value: object, axes: int, *, integer: bool) -> tuple[Any, ...]:
@@ -166,7 +166,8 @@ def _check_tensor(name: str, value: object, like: Tensor, of: str = "input") -> 
         raise TypeError(f"expected {name} of a real dtype, got {value.dtype}")
 
 
-def _check_labels(name: str, labels: Tensor, like: str, image: Tensor) -> None:
+def check_labels(name: str, labels: Tensor, like: str, image: Tensor) -> None:
+    """Shape, dtype and device of ids for the pixels of `image`, which is the argument `like`."""
     _check_tensor(name, labels, image, of=like)
     if labels.shape != image.shape:
         raise ValueError(f"expected {name} [B,C,*S] = {_shape(image)} like {like}, got {_shape(labels)}")
@@ -194,7 +195,7 @@ def check_mask_pair(pred: Tensor, target: Tensor, pred_labels: Tensor | None, ta
         ("target_labels", target_labels, "target", target),
     ):
         if labels is not None:
-            _check_labels(name, labels, like, image)
+            check_labels(name, labels, like, image)
 
 
 def check_mask_values(name: str, mask: Tensor, labels: Tensor | None) -> None:
@@ -272,7 +273,7 @@ def check_images(
             "a one-hot target needs to_onehot_y=False"
         )
     if target_labels is not None:
-        _check_labels("target_labels", target_labels, "input", input)
+        check_labels("target_labels", target_labels, "input", input)
     if valid_mask is not None:
         _check_tensor("valid_mask", valid_mask, input)
         if valid_mask.shape != (batch, 1, *size):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import terms as tm
-from .checks import check_id_range, comparable, reads_values
+from .checks import check_id_range, check_labels, comparable, reads_values
 from .components import foreground, label_planes
 from .criteria import resolve
 from .dispatch import on_kernels, over_ranks
@@ -236,7 +236,9 @@ class CCLoss(_ComponentLoss):
     def _planes_of(self, call: Call, regions: Tensor) -> Tensor:
         """Given regions, checked, as planes `[B·C, *S]`."""
         input = call.images[0]
-        _check_regions(input, regions)
+        check_labels("target_regions", regions, "input", input)
+        if reads_values(regions):
+            check_id_range("target_regions", regions)
         first = 0 if self.settings.include_background else 1
         return comparable(regions[:, first:]).reshape(-1, *input.shape[2:])
 
@@ -265,24 +267,6 @@ class CCLoss(_ComponentLoss):
             segments = maps.number(self._planes_of(maps.call, regions))
         (found,) = maps.sums("form", segments, split=True, given=given, loss=as_numbers(self._loss), outside=True)
         return {"component": _Mean(found.value, found.number)}
-
-
-def _check_regions(input: Tensor, regions: Tensor) -> None:
-    """Shape, dtype, device and range of given regions."""
-    if not isinstance(regions, Tensor):
-        raise TypeError(f"expected target_regions to be a tensor, got {type(regions).__name__}")
-    if regions.shape != input.shape:
-        raise ValueError(
-            f"expected target_regions [B,C,*S] = {tuple(input.shape)} like input, got {tuple(regions.shape)}"
-        )
-    if regions.is_floating_point() or regions.is_complex() or regions.dtype == torch.bool:
-        raise TypeError(f"expected target_regions of an integer dtype, got {regions.dtype}, which voronoi() returns")
-    if regions.device != input.device:
-        raise ValueError(
-            f"expected target_regions on the device of input, {input.device}, got {regions.device}; move one of them"
-        )
-    if reads_values(regions):
-        check_id_range("target_regions", regions)
 
 
 def _runs(flat: Tensor, pixels: int) -> Tensor:

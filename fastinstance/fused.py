@@ -148,7 +148,7 @@ class OnlyOnce(torch.autograd.Function):
     backward = staticmethod(no_second_derivative)
 
 
-class _Terms(torch.autograd.Function):
+class InstanceTerms(torch.autograd.Function):
     """`found`, `total`, the counts and entries of `terms_op`, for a third of what an operator takes the host."""
 
     @staticmethod
@@ -207,7 +207,7 @@ def fused_terms(
         found, total, *saved = terms_op(*inputs)
         counts, entries = saved[_COUNTS], saved[-1]
     else:
-        found, total, counts, entries = _Terms.apply(*inputs)
+        found, total, counts, entries = InstanceTerms.apply(*inputs)
     if max_instances is not None and counts.numel():
         report(counts, max_instances)
     return found, total, entries

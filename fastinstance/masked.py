@@ -75,7 +75,7 @@ def _call(criterion: Criterion, P: Tensor, G: Tensor) -> Tensor:
         ) from error
 
 
-class _Rows(torch.autograd.Function):
+class MaskedLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, p: Tensor, criterion: Criterion, number: int, image: tuple[int, ...], pairs: Callable[..., Pairs]
@@ -94,7 +94,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (p,) = ctx.saved_tensors
-        gradient = _Rows._gradient(p.detach(), upstream[0].detach(), *ctx.request)
+        gradient = MaskedLosses._gradient(p.detach(), upstream[0].detach(), *ctx.request)
         return OnlyOnce.apply(gradient, p, *upstream), None, None, None, None
 
     @staticmethod
@@ -135,7 +135,7 @@ def row_values(
         image: C and the axes of an image, P pixels in all.
         pairs: the pairs of some rows, int64 `[K]`, in ascending order; a constant of the derivative.
     """
-    return _Rows.apply(p.contiguous(), criterion, number, tuple(image), pairs)
+    return MaskedLosses.apply(p.contiguous(), criterion, number, tuple(image), pairs)
 
 
 def image_value(P: Tensor, G: Tensor, criterion: Criterion) -> Tensor:

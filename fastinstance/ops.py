@@ -73,7 +73,7 @@ def instance_sums(
         gathered in one pass; a second derivative raises RuntimeError.
     """
     anchor = values[:1, :1].clone()  # for a second derivative to find, without keeping `values`
-    tables = _Sums.apply(values, anchor, logits, dense, instances)
+    tables = PixelSums.apply(values, anchor, logits, dense, instances)
     return list(tables[: len(dense)]), list(tables[len(dense) :])
 
 
@@ -260,7 +260,7 @@ def _instance_gradient(
             gradient.index_add_(0, request.pixels, column if slope is None else column * slope)
 
 
-class _Sums(torch.autograd.Function):
+class PixelSums(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -296,7 +296,7 @@ class _Sums(torch.autograd.Function):
         given = [u for u in upstream if u is not None]
         if not given:
             return None, None, None, None, None
-        gradient = OnlyOnce.apply(_Sums._gradient(ctx, upstream), *ctx.saved_tensors, *given)
+        gradient = OnlyOnce.apply(PixelSums._gradient(ctx, upstream), *ctx.saved_tensors, *given)
         return gradient, None, None, None, None
 
     @staticmethod

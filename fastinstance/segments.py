@@ -130,7 +130,7 @@ sums_op.register_autograd(lambda ctx, *upstream: _by_values(gradient_op, ctx, up
 gradient_op.register_autograd(no_second_derivative)
 
 
-class _Sums(torch.autograd.Function):
+class SegmentSums(torch.autograd.Function):
     """`found` of `sums_op`, for a third of what an operator takes the host."""
 
     @staticmethod
@@ -159,7 +159,7 @@ def segment_sums(
         ((others, more),) = rest
         counts = torch.cat([counts, more])
     inputs = values, target, valid, segments, others, counts, request
-    found = sums_op(*inputs)[0] if by_operators(values) else _Sums.apply(*inputs)
+    found = sums_op(*inputs)[0] if by_operators(values) else SegmentSums.apply(*inputs)
     if max_instances is not None:
         report(counts, max_instances)
     return [Found(*side.unbind(1)) for side in found.split(len(values))]

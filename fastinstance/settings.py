@@ -79,6 +79,7 @@ class Settings:
         check_size("min_size", self.min_size)
         check_max_instances(self.max_instances)
         check_process_group(self.process_group)
+        check_connectivity(self.connectivity)
         several = [len(value) for value in (self.center_size, self.spacing) if isinstance(value, Sequence)]
         self.for_axes(3 if 3 in several or self.connectivity in CONNECTIVITIES[3] else 2)
         for name in ("pixel_loss", "instance_loss", "center_loss"):

@@ -218,6 +218,8 @@ SETTINGS: dict[str, Row] = {
     "threshold by name": ({"threshold": "otsu"}, (ValueError, TypeError), ["threshold", "between 0 and 1", "otsu"]),
     "connectivity of 3D": ({"connectivity": 26}, ValueError, ["connectivity", "(4, 8)", "2D", "26"]),
     "connectivity by scipy's count": ({"connectivity": 1}, ValueError, ["connectivity", "(4, 8)", "1"]),
+    "connectivity of no image": ({"connectivity": 5}, ValueError, ["connectivity", "(4, 8)", "(6, 18, 26)", "5"]),
+    "connectivity as a tensor": ({"connectivity": torch.tensor(8)}, ValueError, ["connectivity", "tensor(8)"]),
     "centre of no size": ({"center_size": 0}, ValueError, ["center_size", "positive integer", "0"]),
     "centre of half a pixel": ({"center_size": 2.5}, ValueError, ["center_size", "positive integer", "2.5"]),
     "centre of three axes": ({"center_size": (3, 3, 3)}, ValueError, ["center_size", "2 of them", "(3, 3, 3)"]),
