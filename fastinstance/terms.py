@@ -6,8 +6,9 @@ it is ordinary differentiable torch on small float64 tensors: what touches pixel
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -291,54 +292,88 @@ def inverse_weighted_dice(
 
 
 def _draw_boxes(
-    part: Partition, side: Side, starts: Tensor, window: Sequence[int], valid: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Boxes of the instances of a side, clipped at the border: flat index of each covered pixel, and its owner.
+    starts: np.ndarray, plane: np.ndarray, image: Sequence[int], window: Sequence[int], valid: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes in planes that have a margin of one window on all sides: index of each covered pixel, and its owner.
 
-    Where boxes overlap the smallest row owns the pixel, so that each pixel appears once. `starts` [K, axes] are the
-    lower corners, `window` the lengths of the sides.
+    Where boxes overlap the first one owns the pixel; each is listed once, those of the margin not at all.
+
+    Args:
+        starts: `[K, axes]` lower corners, of boxes within the margin.
+        plane: `[K]`
+        image: number of planes, and their size without the margin.
+        window: lengths of the sides of the boxes.
+        valid: `image` bool, pixels that may be drawn.
     """
-    corner, plane = starts.cpu().numpy(), side.plane.cpu().numpy()
-
-    def covered(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Flat indices of the pixels of the boxes of these rows, and the row of each."""
-        flat = plane[None, begin:end]  # built axis by axis: [window so far, rows]
-        inside = np.ones_like(flat, dtype=bool)
-        for axis, (length, side_length) in enumerate(zip(part.size, window, strict=True)):
-            at = corner[begin:end, axis] + np.arange(side_length)[:, None]
-            shape = len(flat) * side_length, end - begin
-            inside = (inside[:, None] & ((at >= 0) & (at < length))).reshape(shape)
-            flat = (flat[:, None] * length + at).reshape(shape)
-        row = np.broadcast_to(np.arange(begin, end, dtype=np.int32), flat.shape)
-        return flat[inside], row[inside]
-
-    some = max(1, _BLOCK // math.prod(window))
-    blocks = [covered(begin, min(begin + some, side.real)) for begin in range(0, max(side.real, 1), some)]
-    owner = np.empty(len(side.per_plane) * math.prod(part.size), np.int32)  # only what is drawn on is touched
-    for flat, _ in blocks:
-        owner[flat] = side.real
-    for flat, row in blocks:
-        np.minimum.at(owner, flat, row)
+    wide = _with_margin(image, window)
+    base, shift, beyond = plane, np.zeros(1, np.int64), np.zeros(len(plane), dtype=bool)
+    for start, length, side, pitch in zip(starts.T, image[1:], window, wide[1:], strict=True):
+        base = base * pitch + (start + side)
+        shift = (shift[:, None] * pitch + np.arange(side)).reshape(-1)
+        beyond |= (start < 0) | (start > length - side)
+    flat = (base + shift[:, None]).reshape(-1)
+    row = np.tile(np.arange(len(plane), dtype=np.int32), len(shift))
+    owner = np.empty(math.prod(wide), np.int32)  # only what is drawn on is touched
+    owner[flat] = len(plane)
+    np.minimum.at(owner, flat, row)
+    if beyond.any():
+        margin = np.ones((1, *wide[1:]), dtype=bool)
+        margin[_inner(window)] = False
+        at = flat[np.tile(beyond, len(shift))]
+        owner[at[margin.reshape(-1)[at % margin.size]]] = -1
     if valid is not None:
-        owner[~valid.cpu().numpy().reshape(-1)] = -1
-    blocks = [(flat[mine], row[mine]) for flat, row in blocks for mine in [owner[flat] == row]]
-    flat, row = (torch.from_numpy(np.concatenate(parts)).to(part.pixels.device) for parts in zip(*blocks, strict=True))
-    return flat, row.long()
+        owner.reshape(wide)[_inner(window)][~valid] = -1
+    (mine,) = np.nonzero(owner[flat] == row)
+    return flat[mine], row[mine]
+
+
+def _with_margin(image: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
+    """Number and size of planes with a margin of one window on all sides."""
+    return (image[0], *(length + 2 * side for length, side in zip(image[1:], window, strict=True)))
+
+
+def _inner(window: Sequence[int]) -> tuple[slice, ...]:
+    """The planes without that margin."""
+    return (slice(None), *(slice(side, -side) for side in window))
+
+
+class _Drawn(NamedTuple):
+    """What is drawn of a side on some planes."""
+
+    rows: slice  # of the side, that lie there
+    flat: np.ndarray  # index of each pixel in these planes with their margin
+    row: np.ndarray  # that owns it, counted from the first of `rows`
 
 
 class CenterBoxes(NamedTuple):
-    """Eq. 4: the boxes that stand for the instances in the centre maps; each pixel of a side is listed once.
+    """Eq. 4: the boxes that stand for the instances in the centre maps; the smallest id owns where they overlap.
 
     The predicted map is `value` on the boxes with the derivative of the mean probability of the component
     (straight-through), the ground-truth map is 0 or `value`.
     """
 
-    true_flat: Tensor  # flat index of the pixels of true boxes
-    true_row: Tensor  # and the row of the instance that owns each
-    flat: Tensor  # the same of predicted boxes
-    row: Tensor
+    starts: tuple[Tensor, Tensor]  # [N, axes] and [M, axes] int64 lower corners of true and of predicted boxes
+    window: Sequence[int]  # their length along each axis
+    valid: Tensor | None  # [planes, *S] bool, pixels that may be drawn
     amplitude: Tensor  # [M] of predicted boxes
     value: float
+
+    def draw(self, part: Partition) -> Iterator[tuple[slice, list[_Drawn]]]:
+        """Some planes and both of their sides, about `_BLOCK` pixels of boxes at once: they stay in cache."""
+        sides = part.target, part.pred
+        first = [np.append(0, side.per_plane.cpu().numpy().cumsum()) for side in sides]
+        block = sum(first)[:-1] * math.prod(self.window) // _BLOCK
+        edges = [0, *(np.flatnonzero(np.diff(block)) + 1).tolist(), len(block)]
+        given = [
+            (start.cpu().numpy(), side.plane.cpu().numpy()) for start, side in zip(self.starts, sides, strict=True)
+        ]
+        for begin, end in itertools.pairwise(edges):
+            image, drawn = (end - begin, *part.size), []
+            valid = None if self.valid is None else self.valid[begin:end].cpu().numpy()
+            for edge, (start, plane) in zip(first, given, strict=True):
+                rows = slice(int(edge[begin]), int(edge[end]))
+                drawn.append(_Drawn(rows, *_draw_boxes(start[rows], plane[rows] - begin, image, self.window, valid)))
+            yield slice(begin, end), drawn
 
 
 def center_boxes(
@@ -349,7 +384,7 @@ def center_boxes(
     starts: tuple[Tensor, Tensor] | None = None,
     value: float = 1,
 ) -> CenterBoxes:
-    """The boxes of Eq. 4 about the centroids; where they overlap the smallest id owns a pixel.
+    """The boxes of Eq. 4 about the centroids.
 
     Args:
         part: the instances of both sides.
@@ -359,39 +394,37 @@ def center_boxes(
         starts: `[N, axes]` and `[M, axes]` lower corners in place of those about the centroids.
         value: of the maps inside the boxes.
     """
-    sides = part.target, part.pred
     if starts is None:
         half = torch.tensor([length // 2 for length in window], device=part.pixels.device)
-        starts = part.centroids(sides[0]) - half, part.centroids(sides[1]) - half
-    true, pred = (_draw_boxes(part, side, start, window, valid) for side, start in zip(sides, starts, strict=True))
-    mean = features.pred[:, :, 0].sum(1) / part.pred.count
-    return CenterBoxes(*true, *pred, value + (mean - mean.detach()), value)
+        starts = part.centroids(part.target) - half, part.centroids(part.pred) - half
+    mean = (features.pred[:, 0, 0] + features.pred[:, 1, 0]) / part.pred.count
+    return CenterBoxes(starts, window, valid, value + (mean - mean.detach()), value)
 
 
 def center_sums(part: Partition, boxes: CenterBoxes, loss: SeparableLoss) -> Sums:
     """Eq. 4: sums of the pair of centre maps of each plane, for ℓ_center; tensors `[planes]`."""
-    truth, pred = part.target, part.pred
-    planes = len(truth.per_plane)
-    true_flat, true_row, flat, row, amplitude, value = boxes
-    drawn = torch.zeros(planes * math.prod(part.size), dtype=torch.bool, device=true_flat.device)
-    drawn.index_fill_(0, true_flat, True)
-    where = 2 * row + drawn.index_select(0, flat)
-    area = torch.bincount(where, minlength=2 * pred.real).view(-1, 2).double()  # outside, inside
-    plane = pred.plane[: pred.real]
+    amplitude, value = boxes.amplitude, boxes.value
+    owned, areas = [], []
+    for planes, (true, pred) in boxes.draw(part):
+        on = np.zeros(math.prod(_with_margin((planes.stop - planes.start, *part.size), boxes.window)), np.int8)
+        on[true.flat] = 1
+        owned.append(np.bincount(true.row, minlength=true.rows.stop - true.rows.start))
+        areas.append(np.bincount(2 * pred.row + on[pred.flat], minlength=2 * (pred.rows.stop - pred.rows.start)))
+    owned, area = (torch.from_numpy(np.concatenate(counts)).to(amplitude) for counts in (owned, areas))
+    outside, inside = area.view(-1, 2).unbind(1)
+    target = plane_sum(owned, part.target)
 
-    def per_plane(values: Tensor) -> Tensor:
-        return values.new_zeros(planes).index_add(0, plane, values)
-
-    target = torch.bincount(truth.plane.index_select(0, true_row), minlength=planes).double()
     pointwise = torch.zeros_like(target)
     if loss.pointwise is not None:
         hit, miss = 1 - amplitude, amplitude
-        right = area[:, 1] * loss.pointwise(hit, cost_of(miss))
-        wrong = area[:, 0] * loss.pointwise(miss, cost_of(hit))
-        pointwise = per_plane(right + wrong) + (target - per_plane(area[:, 1])) * loss.pointwise.missed
+        right = inside * loss.pointwise(hit, cost_of(miss))
+        wrong = outside * loss.pointwise(miss, cost_of(hit))
+        pointwise = (
+            plane_sum(right + wrong, part.pred) + (target - plane_sum(inside, part.pred)) * loss.pointwise.missed
+        )
     return Sums(
-        intersection=per_plane(area[:, 1] * amplitude) * value,
-        pred=per_plane(area.sum(1) * (amplitude.square() if loss.squared else amplitude)),
+        intersection=plane_sum(inside * amplitude, part.pred) * value,
+        pred=plane_sum((outside + inside) * (amplitude.square() if loss.squared else amplitude), part.pred),
         target=target * (value**2 if loss.squared else value),
         pointwise=pointwise,
     )
@@ -399,11 +432,16 @@ def center_sums(part: Partition, boxes: CenterBoxes, loss: SeparableLoss) -> Sum
 
 def center_maps(part: Partition, boxes: CenterBoxes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Eq. 4: the pair of centre maps, for any ℓ_center; `[planes, P]` each."""
-    shape = len(part.target.per_plane), math.prod(part.size)
-    blank = boxes.amplitude.new_zeros(math.prod(shape), dtype=dtype)
-    predicted = blank.index_put((boxes.flat,), boxes.amplitude.to(dtype)[boxes.row])
-    true = blank.index_fill(0, boxes.true_flat, boxes.value)
-    return predicted.view(shape), true.view(shape)
+    amplitude = boxes.amplitude.to(dtype)
+    predicted, true = [], []
+    for planes, drawn in boxes.draw(part):
+        wide = _with_margin((planes.stop - planes.start, *part.size), boxes.window)
+        blank = amplitude.new_zeros(math.prod(wide))
+        on, at, row = (torch.from_numpy(array).to(blank.device) for array in (drawn[0].flat, *drawn[1][1:]))
+        maps = blank.index_fill(0, on, boxes.value), blank.index_put((at,), amplitude[drawn[1].rows][row])
+        for found, image in zip((true, predicted), maps, strict=True):
+            found.append(image.view(wide)[_inner(boxes.window)].flatten(1))
+    return torch.cat(predicted), torch.cat(true)
 
 
 def proximity(
