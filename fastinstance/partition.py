@@ -11,6 +11,7 @@ A *cell* is what instances of both sides share, or what one has alone: every tab
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from .checks import comparable
 from .components import components_at, divide, drop_small, foreground
 
 __all__ = ["Partition", "Side", "partition"]
+
+_BLOCK = 1 << 16  # pixels worked on at once: the temporaries stay in cache
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,27 @@ class Side:
         return torch.cat([self.count, self.count.new_zeros(self.rows - self.real)]).double()
 
 
-class _Runs(NamedTuple):
-    """Runs of pixels in instances of one side, each of one row of an image; R of them."""
+class _Extents(NamedTuple):
+    """Where the real instances of a side lie, int64 `[axes, K]` each."""
 
-    row: Tensor  # [R] int64, of the instance
-    length: Tensor  # [R] int64
-    begin: tuple[Tensor, ...]  # [R] int64 along each axis, the first pixel
+    lower: np.ndarray  # first coordinate of a pixel
+    upper: np.ndarray  # last one + 1
+    total: np.ndarray  # Σx
+
+    @classmethod
+    def of(cls, side: Side, size: tuple[int, ...]) -> _Extents:
+        """Those of a side without pixels."""
+        lower, upper, total = np.zeros((3, len(size), side.real), np.int64)
+        lower[:] = max(size)
+        return cls(lower, upper, total)
+
+    def add(self, row: np.ndarray, begin: Sequence[np.ndarray], length: np.ndarray) -> None:
+        """Runs of pixels of a row: their instance, first pixel and number of pixels."""
+        for axis, first in enumerate(begin):
+            along = axis == len(begin) - 1
+            np.minimum.at(self.lower[axis], row, first)
+            np.maximum.at(self.upper[axis], row, first + (length if along else 1))
+            np.add.at(self.total[axis], row, first * length + (length * (length - 1) // 2 if along else 0))
 
 
 @dataclass(frozen=True)
@@ -113,42 +131,37 @@ class Partition:
         return _coordinates(self.pixels, self.size)
 
     @cached_property
-    def _runs(self) -> tuple[_Runs, _Runs]:
-        """Runs of pixels of a row that are in one cell, of target and of pred."""
-        pixels, cell = self.pixels.cpu().numpy(), self.cell.cpu().numpy()
-        begins = np.ones(len(pixels), dtype=bool)
-        np.not_equal(np.diff(pixels), 1, out=begins[1:])
-        begins[1:] |= cell[1:] != cell[:-1]
-        row_starts = np.arange(0, len(self.target.per_plane) * math.prod(self.size), self.size[-1])
-        begins[np.searchsorted(pixels, row_starts[row_starts <= pixels[-1:].max(initial=-1)])] = True
-        first = np.flatnonzero(begins)
-        length = np.diff(first, append=len(pixels))
-
-        def of(side: Side) -> _Runs:
-            label = side.label.cpu().numpy()[first]
-            own = np.flatnonzero(label)
-            listed = (torch.from_numpy(array) for array in (label[own] - 1, length[own], pixels[first[own]]))
-            row, run, at = (one.to(self.pixels.device) for one in listed)
-            begin = _coordinates(at, self.size)
-            return _Runs(row, run, begin)
-
-        return of(self.target), of(self.pred)
+    def _extents(self) -> tuple[_Extents, _Extents]:
+        """Of target and of pred, from runs of pixels of a row that are in one cell."""
+        sides = self.target, self.pred
+        found = _Extents.of(self.target, self.size), _Extents.of(self.pred, self.size)
+        pixels, cell, *labels = (a.cpu().numpy() for a in (self.pixels, self.cell, *(side.label for side in sides)))
+        for block in range(0, len(pixels), _BLOCK):  # a run that is cut is two
+            listed = slice(block, block + _BLOCK)
+            at, within = pixels[listed], cell[listed]
+            line = at // self.size[-1]
+            begins = np.ones(len(at), dtype=bool)
+            begins[1:] = (at[1:] != at[:-1] + 1) | (within[1:] != within[:-1]) | (line[1:] != line[:-1])
+            first = np.flatnonzero(begins)
+            length = np.diff(first, append=len(at))
+            begin = [axis.numpy() for axis in _coordinates(torch.from_numpy(at[first]), self.size)]
+            for extents, label in zip(found, labels, strict=True):
+                row = label[listed][first]
+                own = np.flatnonzero(row)
+                extents.add(row[own] - 1, [axis[own] for axis in begin], length[own])
+        return found
 
     def boxes(self, side: Side) -> tuple[Tensor, Tensor]:
         """Tight boxes [lower, upper) of all rows of a side, two float64 tensors [K + artificial, axes].
 
         The box of an artificial instance is [c - 1, c + 2) about c = floor(size / 2), not clipped.
         """
-        lower = torch.empty((side.rows, len(self.size)), dtype=torch.float64, device=self.pixels.device)
-        upper = torch.empty_like(lower)
-        row, run, begin = self._runs[side is self.pred]
-        end = (*(position + 1 for position in begin[:-1]), begin[-1] + run)
-        for axis, length in enumerate(self.size):
-            lower[: side.real, axis] = (
-                begin[axis].new_full((side.real,), length).scatter_reduce_(0, row, begin[axis], "amin")
-            )
-            upper[: side.real, axis] = end[axis].new_zeros(side.real).scatter_reduce_(0, row, end[axis], "amax")
-            lower[side.real :, axis], upper[side.real :, axis] = length // 2 - 1, length // 2 + 2
+        corners = torch.empty((2, len(self.size), side.rows), dtype=torch.float64, device=self.pixels.device)
+        extents = self._extents[side is self.pred]
+        corners[:, :, : side.real] = torch.from_numpy(np.stack(extents[:2]))
+        center = torch.tensor(self.size, device=corners.device)[:, None] // 2
+        corners[0, :, side.real :], corners[1, :, side.real :] = center - 1, center + 2
+        lower, upper = corners.transpose(1, 2)
         return lower, upper
 
     @cached_property
@@ -178,10 +191,7 @@ class Partition:
 
     def coordinate_sums(self, side: Side) -> Tensor:
         """Σx of each instance along each axis; int64 [K, axes]."""
-        row, run, begin = self._runs[side is self.pred]
-        sums = [position * run for position in begin]
-        sums[-1] += run * (run - 1) // 2
-        return torch.stack([side.count.new_zeros(side.real).index_add_(0, row, values) for values in sums], 1)
+        return torch.from_numpy(self._extents[side is self.pred].total).to(self.pixels.device).T
 
     def centroids(self, side: Side) -> Tensor:
         """Pixel nearest to the centroid, floor((2Σx + n) / 2n) in integers; int64 [K, axes]."""

@@ -316,11 +316,12 @@ def _draw_boxes(
     owner = np.empty(math.prod(wide), np.int32)  # only what is drawn on is touched
     owner[flat] = len(plane)
     np.minimum.at(owner, flat, row)
-    if beyond.any():
-        margin = np.ones((1, *wide[1:]), dtype=bool)
-        margin[_inner(window)] = False
-        at = flat[np.tile(beyond, len(shift))]
-        owner[at[margin.reshape(-1)[at % margin.size]]] = -1
+    at = rest = flat[np.tile(beyond, len(shift))]
+    outside = np.zeros(len(at), dtype=bool)
+    for length, side, pitch in zip(image[:0:-1], window[::-1], wide[:0:-1], strict=True):
+        rest, position = np.divmod(rest, pitch)
+        outside |= (position < side) | (position >= length + side)
+    owner[at[outside]] = -1
     if valid is not None:
         owner.reshape(wide)[_inner(window)][~valid] = -1
     (mine,) = np.nonzero(owner[flat] == row)
