@@ -26,7 +26,7 @@ from torch import Tensor
 __all__ = ["distance_iou", "nearest_boxes", "nearest_of_all"]
 
 _LEAF = 4  # boxes of a leaf
-_BLOCK = 1 << 15  # pairs compared at once: the temporaries stay in cache
+_BLOCK = 1 << 16  # pairs compared at once: the temporaries stay in cache
 _DENSE = 64  # pairs per box up to which comparing all of them is faster
 
 

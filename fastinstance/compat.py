@@ -35,7 +35,6 @@ from .checks import (
     comparable,
     reads_values,
 )
-from .components import foreground
 from .criteria import Criterion, Recognised, advise, recognise, resolve
 from .ops import DenseSums, InstanceSums, instance_sums
 from .partition import Partition, Side, partition
@@ -429,7 +428,7 @@ def _separable_entries(
     same components have in other instances. `weighted` adds the loss without any of these.
     """
     x, omega, truth, pred = scene.planes.values, scene.planes.omega, part.target, part.pred
-    inside = foreground(truth.label)
+    inside = truth.listed
     request = InstanceSums(part.pixels, inside, False, None, ((part.cell, part.cells),))
     features = Features.of(part, _sums(x, known, None, request)[1][0])
     ones = [torch.stack([pixels] * (2 + known.loss.squared), 2) for pixels in part.areas]
@@ -537,7 +536,7 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 def _instance_terms(loss: _AuthorsLoss, scene: Scene, part: Partition, proximity: bool) -> Iterator[Tensor]:
     """Instance terms of both sides, centre, false, missed and, if asked for, proximity."""
     truth, pred, planes = part.target, part.pred, scene.planes
-    request = InstanceSums(part.pixels, foreground(truth.label), False, None, ((part.cell, part.cells),))
+    request = InstanceSums(part.pixels, truth.listed, False, None, ((part.cell, part.cells),))
     features = Features.of(part, instance_sums(planes.values, False, (), request)[1][0])
 
     entries = _entries(loss, scene, part)

@@ -367,8 +367,8 @@ class ComponentTverskyLoss(_ComponentLoss):
     def _in_torch(self, scene: Scene) -> dict[str, _Mean]:
         part, planes = scene.partition(predicted=False), scene.planes
         truth = part.target
-        instances = InstanceSums(part.pixels, foreground(truth.label), False, None, ((truth.label, truth.real + 1),))
-        positives = part.pixels[foreground(truth.label)]
+        instances = InstanceSums(part.pixels, truth.listed, False, None, ((truth.label, truth.real + 1),))
+        positives = part.pixels[truth.listed]
         dense = DenseSums(positives, squared=False, pointwise=None)
         (whole,), (table,) = instance_sums(planes.values, planes.logits, (dense,), instances)
         size = truth.count.double()
@@ -413,7 +413,7 @@ class ComponentMILLoss(_ComponentLoss):
         truth = part.target
         every = torch.ones(truth.real, dtype=torch.bool, device=planes.values.device)
         peaks = part.peaks(planes.values.detach(), every), truth.real + 1
-        request = InstanceSums(part.pixels, foreground(truth.label), False, Pointwise(0.0), (peaks,))
+        request = InstanceSums(part.pixels, truth.listed, False, Pointwise(0.0), (peaks,))
         _, (table,) = instance_sums(planes.values, planes.logits, (), request)
         return {"component": _Mean(tm.plane_sum(table[1:, 1], truth), truth.per_plane.double())}
 
@@ -456,7 +456,7 @@ class LesionRecallLoss(_ComponentLoss):
     def _in_torch(self, scene: Scene) -> dict[str, _Mean]:
         part, planes = scene.partition(predicted=True), scene.planes
         truth, pred = part.target, part.pred
-        request = InstanceSums(part.pixels, foreground(truth.label), False, None, ((part.cell, part.cells),))
+        request = InstanceSums(part.pixels, truth.listed, False, None, ((part.cell, part.cells),))
         inside, found = part.by_side(instance_sums(planes.values, planes.logits, (), request)[1][0][:, 0])
         lacking = 1 - inside.sum(1) / truth.count
         false = found[:, 0] / pred.count

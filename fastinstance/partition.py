@@ -46,6 +46,11 @@ class Side:
         return len(self.plane)
 
     @cached_property
+    def listed(self) -> Tensor:
+        """[pixels] int64 ascending positions of the listed pixels that belong to an instance."""
+        return foreground(self.label)
+
+    @cached_property
     def entries(self) -> Tensor:
         """[planes] int64, instances with the artificial one."""
         return self.per_plane.clamp(min=1)
@@ -289,7 +294,7 @@ def partition(
     pred = _side(*found)
 
     stride = max(pred.real, 1)
-    in_target = foreground(side.label)
+    in_target = side.listed
     found = pred.label[in_target]
     both = foreground(found)
     shared = in_target[both]

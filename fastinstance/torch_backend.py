@@ -42,7 +42,7 @@ def instance_terms(scene: Scene, wanted: Collection[str]) -> Local:
             tables.append((part.raw_target.label, part.raw_target.real + 1))
         request = InstanceSums(
             part.pixels,
-            foreground(part.target.label),
+            part.target.listed,
             own and loss.squared,
             loss.pointwise if own else None,
             tuple(tables),
@@ -106,7 +106,7 @@ def _center(scene: Scene, part: Partition, features: tm.Features) -> Tensor:
 def _dense_sums(scene: Scene, part: Partition | None) -> DenseSums:
     """The sums over planes that the pixel loss needs."""
     loss, planes = scene.settings.pixel, scene.planes
-    positives = foreground(planes.target) if part is None else part.pixels[foreground(part.raw_target.label)]
+    positives = foreground(planes.target) if part is None else part.pixels[part.raw_target.listed]
     return DenseSums(positives, loss.squared, loss.pointwise, planes.categorical)
 
 
@@ -149,11 +149,11 @@ def blob_terms(scene: Scene) -> Local:
     seg_sums = _dense_sums(scene, part)
     outside_sums = DenseSums(seg_sums.target, loss.squared, loss.pointwise)
     if truth is not raw:
-        outside_sums = outside_sums._replace(target=part.pixels[foreground(truth.label)])
+        outside_sums = outside_sums._replace(target=part.pixels[truth.listed])
     shared = truth is raw and outside_sums[1:] == seg_sums[1:]
     request = InstanceSums(
         part.pixels,
-        foreground(truth.label),
+        truth.listed,
         loss.squared,
         loss.pointwise,
         ((truth.label, truth.real + 1), (raw.label, raw.real + 1))[: 1 + weighted],
