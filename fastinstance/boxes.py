@@ -116,7 +116,7 @@ def _by_plane(boxes: Tensor, plane: Tensor, most: int, planes: int) -> tuple[Ten
     # A slot too many repeats the plane's last box.
     member = order[(begin[:, None] + torch.minimum(position[:most], count[:, None] - 1)).clamp(min=0)]
     place = torch.empty_like(order).scatter_(0, order, position[: len(plane)])
-    return boxes[:, :, member], place + plane * most - begin[plane]
+    return _columns(boxes, member.view(-1)).unflatten(2, member.shape), place + plane * most - begin[plane]
 
 
 def _all_pairs(
@@ -141,7 +141,7 @@ def _all_pairs(
             between = distance(a[:, :, plane, row, None], b[:, :, plane, None])  # [planes, rows, m]
             best_a[plane, row] = between.amin(2)
             best_b[plane] = torch.minimum(best_b[plane], between.amin(1))
-    return best_a.view(-1)[place_a], best_b.view(-1)[place_b]
+    return best_a.view(-1).gather(0, place_a), best_b.view(-1).gather(0, place_b)
 
 
 class _Level(NamedTuple):

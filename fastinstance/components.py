@@ -58,7 +58,7 @@ def _components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Ten
     """`components_at` on the CPU."""
     planes, area = len(mask), math.prod(mask.shape[1:])
     listed, dense = pixels.numpy(), mask.contiguous().numpy()
-    inside = np.flatnonzero(dense.reshape(-1)[listed])
+    inside = np.flatnonzero(dense.reshape(-1).take(listed))
     if len(inside) * _FEW <= mask.numel():
         runs = _Runs.of(listed[inside], mask.shape[1:])
         if len(runs.start) * _SPARSE <= mask.numel():
@@ -73,7 +73,7 @@ def _components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Ten
         if begin == end:
             continue
         ids, counts[plane] = _label_plane(dense[plane], connectivity)
-        here = ids.reshape(-1)[listed[begin:end] - plane * area]
+        here = ids.reshape(-1).take(listed[begin:end] - plane * area)
         np.add(here, (here > 0) * total, out=label[begin:end])
         total += counts[plane]
     return torch.from_numpy(label), torch.from_numpy(counts)

@@ -324,8 +324,8 @@ def _draw_boxes(
     owner[at[outside]] = -1
     if valid is not None:
         owner.reshape(wide)[_inner(window)][~valid] = -1
-    (mine,) = np.nonzero(owner[flat] == row)
-    return flat[mine], row[mine]
+    mine = np.flatnonzero(owner.take(flat) == row)
+    return flat.take(mine), row.take(mine)
 
 
 def _with_margin(image: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
@@ -410,7 +410,7 @@ def center_sums(part: Partition, boxes: CenterBoxes, loss: SeparableLoss) -> Sum
         on = np.zeros(math.prod(_with_margin((planes.stop - planes.start, *part.size), boxes.window)), np.int8)
         on[true.flat] = 1
         owned.append(np.bincount(true.row, minlength=true.rows.stop - true.rows.start))
-        areas.append(np.bincount(2 * pred.row + on[pred.flat], minlength=2 * (pred.rows.stop - pred.rows.start)))
+        areas.append(np.bincount(2 * pred.row + on.take(pred.flat), minlength=2 * (pred.rows.stop - pred.rows.start)))
     owned, area = (torch.from_numpy(np.concatenate(counts)).to(amplitude) for counts in (owned, areas))
     outside, inside = area.view(-1, 2).unbind(1)
     target = plane_sum(owned, part.target)
