@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastinstance import functional, reference
+from fastinstance import functional, partition, reference, terms
 from fastinstance.testing import FLOATS, PATTERNS, Scene, assert_close, pattern, scenes
 
 EXAMPLES = settings().max_examples
@@ -143,6 +143,26 @@ def check_against_reference(case: Case, *, blob: bool = False) -> None:
 @given(cases())
 def test_instance_terms_equal_the_reference(case: Case) -> None:
     check_against_reference(case)
+
+
+def mean_square(p: Tensor, g: Tensor) -> Tensor:
+    """A loss that is not recognised, for which the centre maps are drawn."""
+    return (p - g).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:center_loss=mean_square is called")
+@settings(max_examples=EXAMPLES)
+@given(cases(), st.booleans(), st.integers(1, 40))
+def test_the_size_of_blocks_changes_nothing(case: Case, drawn: bool, block: int) -> None:
+    if drawn:
+        case.options["center_loss"] = mean_square
+    expected = terms_and_gradients(functional.instance_terms, case)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (partition, terms):
+            patch.setattr(module, "_BLOCK", block)
+        found = terms_and_gradients(functional.instance_terms, case)
+    for name, value in expected.items():
+        assert_close(found[name], value, name=name)
 
 
 @settings(max_examples=3 * EXAMPLES // 2)
