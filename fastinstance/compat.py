@@ -572,7 +572,7 @@ def _labelled_within(part: Partition, side: Side, steps: int) -> bool:
     place = here.new_full((len(side.per_plane) * math.prod(part.size),), -1)
     place[part.pixels[asked]] = here
     axes = [position[asked] for position in part.coordinates]
-    first = here.new_full((side.real + 1,), -1).scatter_reduce_(0, side.label[asked], here, "amax")
+    first = here.new_full((side.real + 1,), -1).scatter_reduce_(0, side.label[asked].long(), here, "amax")
     frontier = first[first >= 0]
     reached = torch.zeros_like(here, dtype=torch.bool)
     reached[frontier] = True

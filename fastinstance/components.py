@@ -42,7 +42,7 @@ def components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tens
         connectivity: 4 or 8 in 2D; 6, 18 or 26 in 3D.
 
     Returns:
-        label: int64 `[F]`, 1, 2, … over all planes in raster order of each component's first pixel, 0 = background.
+        label: int32 `[F]`, 1, 2, … over all planes in raster order of each component's first pixel, 0 = background.
         counts: int64 `[planes]`, components of each plane.
     """
     if mask.device.type == "cpu" and backend_for(mask) == "torch":
@@ -51,7 +51,7 @@ def components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tens
     counts = counts.long()
     label = labels.view(-1).index_select(0, pixels).long()
     before = (counts.cumsum(0) - counts)[pixels // math.prod(mask.shape[1:])]
-    return torch.where(label > 0, label + before, 0), counts
+    return torch.where(label > 0, label + before, 0).int(), counts
 
 
 def _components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
@@ -63,11 +63,11 @@ def _components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Ten
         runs = _Runs.of(listed[inside], mask.shape[1:])
         if len(runs.start) * _SPARSE <= mask.numel():
             of_run, first = _label_runs(runs, mask.shape[1:], connectivity)
-            label = np.zeros(len(listed), np.int64)
+            label = np.zeros(len(listed), np.int32)
             label[inside] = np.repeat(of_run, runs.length)
             counts = np.bincount(listed[inside[first]] // area, minlength=planes)
             return torch.from_numpy(label), torch.from_numpy(counts)
-    label, counts = np.empty(len(listed), np.int64), np.zeros(planes, np.int64)
+    label, counts = np.empty(len(listed), np.int32), np.zeros(planes, np.int64)
     edges, total = np.searchsorted(listed, np.arange(planes + 1) * area), 0
     for plane, begin, end in zip(range(planes), edges, edges[1:], strict=False):
         if begin == end:

@@ -32,7 +32,7 @@ _BLOCK = 1 << 16  # pixels worked on at once: the temporaries stay in cache
 class Side:
     """The instances of one side; K real ones, then one artificial one for each plane without any."""
 
-    label: Tensor  # [F] int64, row + 1 of the instance that each listed pixel belongs to, 0 = background
+    label: Tensor  # [F] int32, row + 1 of the instance that each listed pixel belongs to, 0 = background
     count: Tensor  # [K] int64 pixels
     per_plane: Tensor  # [planes] int64, real instances
     plane: Tensor  # [K + artificial] int64
@@ -69,25 +69,24 @@ class Side:
 
 
 class _Extents(NamedTuple):
-    """Where the real instances of a side lie, int64 `[axes, K]` each."""
+    """Where the real instances of a side lie, `[axes, K]` each."""
 
-    lower: np.ndarray  # first coordinate of a pixel
-    upper: np.ndarray  # last one + 1
-    total: np.ndarray  # Σx
+    lower: np.ndarray  # int32, first coordinate of a pixel
+    upper: np.ndarray  # int32, last one + 1
+    total: np.ndarray  # int64, Σx
 
     @classmethod
     def of(cls, side: Side, size: tuple[int, ...]) -> _Extents:
         """Those of a side without pixels."""
-        lower, upper, total = np.zeros((3, len(size), side.real), np.int64)
-        lower[:] = max(size)
-        return cls(lower, upper, total)
+        shape = len(size), side.real
+        return cls(np.full(shape, max(size), np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int64))
 
     def add(self, row: np.ndarray, begin: Sequence[np.ndarray], length: np.ndarray) -> None:
         """Runs of pixels of a row: their instance, first pixel and number of pixels."""
         for axis, first in enumerate(begin):
             along = axis == len(begin) - 1
-            np.minimum.at(self.lower[axis], row, first)
-            np.maximum.at(self.upper[axis], row, first + (length if along else 1))
+            np.minimum.at(self.lower[axis], row, first.astype(np.int32))
+            np.maximum.at(self.upper[axis], row, (first + (length if along else 1)).astype(np.int32))
             np.add.at(self.total[axis], row, first * length + (length * (length - 1) // 2 if along else 0))
 
 
@@ -102,7 +101,7 @@ class Partition:
     raw_target: Side  # the ground truth before `min_size`
     pairs: tuple[Tensor, Tensor]  # [A] int64 each: rows of target and of pred that share a pixel
     linked: tuple[Tensor, Tensor] = field(repr=False)  # pairs, then the links of artificial instances
-    cell: Tensor = field(repr=False)  # [F] int64: 0 nothing, 1.. one pred alone, M + 1.. one target, M + N + 1.. a pair
+    cell: Tensor = field(repr=False)  # [F] int32: 0 nothing, 1.. one pred alone, M + 1.. one target, M + N + 1.. a pair
 
     @property
     def cells(self) -> int:
@@ -185,7 +184,7 @@ class Partition:
         """
         wanted = torch.cat([wanted.new_zeros(1), wanted])
         (place,) = torch.where(wanted[self.target.label])
-        row = self.target.label[place]
+        row = self.target.label[place].long()
         value = values.reshape(-1).index_select(0, self.pixels[place])
         largest = value.new_full((len(wanted),), -math.inf).scatter_reduce_(0, row, value, "amax")
         first = place.new_full((len(wanted),), len(self.pixels))  # beyond the list: the others have none
@@ -226,7 +225,7 @@ def _side(label: Tensor, per_plane: Tensor) -> Side:
     planes = torch.arange(len(per_plane), device=label.device)
     plane = planes.repeat_interleave(per_plane)
     count = torch.bincount(label, minlength=len(plane) + 1)[1:]
-    return Side(label, count, per_plane, torch.cat([plane, planes[per_plane == 0]]))
+    return Side(label.int(), count, per_plane, torch.cat([plane, planes[per_plane == 0]]))
 
 
 def _given(labels: Tensor, pixels: Tensor, plane: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,9 +297,9 @@ def partition(
     found = pred.label[in_target]
     both = foreground(found)
     shared = in_target[both]
-    keys, pair_of = _unique((side.label[shared] - 1) * stride + found[both] - 1)
+    keys, pair_of = _unique((side.label[shared].long() - 1) * stride + found[both] - 1)
     pairs = keys // stride, keys % stride
     cell = pred.label.clone()
     cell[in_target] = side.label[in_target] + pred.real
-    cell[shared] = pair_of + (1 + pred.real + side.real)
+    cell[shared] = (pair_of + (1 + pred.real + side.real)).int()
     return Partition(tuple(size), pixels, side, pred, raw, pairs, _links(side, pred, pairs), cell)

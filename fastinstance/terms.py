@@ -458,7 +458,7 @@ def proximity(
     truth, pred = part.target, part.pred
     scale = torch.tensor(spacing, dtype=torch.float64, device=part.pixels.device)
     (lower, upper), (pred_lower, pred_upper) = (
-        [corner * scale for corner in part.boxes(side)] for side in (truth, pred)
+        [corner.mul_(scale) for corner in part.boxes(side)] for side in (truth, pred)
     )
     distance_gt, distance_pred = nearest_boxes(
         lower, upper, truth.plane, pred_lower, pred_upper, pred.plane, len(truth.entries)
