@@ -151,7 +151,7 @@ def plane_values(p: Tensor, target: Tensor, criterion: Criterion, size: Sequence
 
 
 def label_map(part: Partition, side: Side) -> Tensor:
-    """Row + 1 of the instance that each pixel belongs to, 0 = background; int64 `[planes, P]`."""
+    """Row + 1 of the instance that each pixel belongs to, 0 = background; int32 `[planes, P]`."""
     labels = side.label.new_zeros(len(side.per_plane) * math.prod(part.size))
     return labels.scatter_(0, part.pixels, side.label).view(len(side.per_plane), -1)
 

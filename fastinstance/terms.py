@@ -363,7 +363,7 @@ class CenterBoxes(NamedTuple):
         """Some planes and both of their sides, about `_BLOCK` pixels of boxes at once: they stay in cache."""
         sides = part.target, part.pred
         first = [np.append(0, side.per_plane.cpu().numpy().cumsum()) for side in sides]
-        block = sum(first)[:-1] * math.prod(self.window) // _BLOCK
+        block = (first[0] + first[1])[:-1] * math.prod(self.window) // _BLOCK
         edges = [0, *(np.flatnonzero(np.diff(block)) + 1).tolist(), len(block)]
         given = [
             (start.cpu().numpy(), side.plane.cpu().numpy()) for start, side in zip(self.starts, sides, strict=True)
