@@ -37,6 +37,7 @@ __all__ = ["EmulationError", "Launch", "Schedule", "emulated"]
 _WARP = 32
 _SPACE = 40  # bits of an address within the memory of a tensor; the bits above are the number of that memory
 _SECTOR = 32  # bytes that a GPU moves at least
+_ACCESSES = "ld", "st", "atom", "ldmatrix", "stmatrix"
 
 
 class EmulationError(Exception):
@@ -96,7 +97,7 @@ class _Kernel:
         self.used = Counter(word for one in code for operand in one.operands for word in operand.strip("{[]}").split())
         edges = {0, *labels.values()}
         for place, one in enumerate(code, 1):
-            access = one.operation[0] in ("ld", "st", "atom") and "param" not in one.operation
+            access = one.operation[0] in _ACCESSES and "param" not in one.operation
             if one.operation[0] in ("bra", "ret") or one.name == "bar.sync" or (fine and access):
                 edges.add(place)
         starts = sorted(edges - {len(code)})
@@ -294,7 +295,8 @@ def _step(kernel: _Kernel, one: Instruction) -> Step:
     """What does an instruction."""
     name = one.operation[0]
     makers: dict[str, Callable[[_Kernel, Instruction], Step]] = {
-        "ld": _load, "st": _store, "atom": _atomic, "ldmatrix": _load_matrix, "shfl": _shuffle, "redux": _reduce,
+        "ld": _load, "st": _store, "atom": _atomic, "shfl": _shuffle, "redux": _reduce,
+        "ldmatrix": _matrices, "stmatrix": _matrices,
     }  # fmt: skip
     if name in makers:
         return makers[name](kernel, one)
@@ -376,7 +378,7 @@ def _halves(one: Instruction) -> Step:
 
 def _reduce(kernel: _Kernel, one: Instruction) -> Step:
     """`redux.sync`"""
-    source, dtype = _source(one.operands[1], np.dtype("u4")), np.dtype("i4")
+    source, dtype = _source(one.operands[1], np.dtype("u4")), TYPES[one.operation[-1]]
     reduce = {"add": np.add, "min": np.minimum, "max": np.maximum}[one.operation[2]].reduce
     where = f"{kernel.name}, {one.line}"
 
@@ -508,20 +510,31 @@ def _atomic(kernel: _Kernel, one: Instruction) -> Step:
     return step
 
 
-def _load_matrix(kernel: _Kernel, one: Instruction) -> Step:
-    """`ldmatrix`: thread 8k + r has the address of row r of matrix k; a row is 16 bytes."""
-    names, dtype = _parts(one.operands[0]), np.dtype("u4")
+def _matrices(kernel: _Kernel, one: Instruction) -> Step:
+    """`ldmatrix` and `stmatrix` of 8 × 8 values of 16 bits: thread 8k + r has the address of row r of matrix k."""
+    load, word, half = one.operation[0] == "ldmatrix", np.dtype("u4"), np.dtype("u2")
+    names = _parts(one.operands[not load])
+    sources = [_source(name, word) for name in names]
     access = _Access(kernel, one, 16, 1)
+    lane = np.arange(_WARP)
+    places = [(lane // 4, lane % 4 * 2 + upper) for upper in (0, 1)]  # row and column, for both halves of a register
+    if "trans" in one.operation:
+        places = [(column, row) for row, column in places]
 
     def step(threads: _Threads) -> None:
-        at = threads.group.shared_start[threads.index] + access.base(threads) + access.offset
+        at = np.asarray(access.base(threads)).astype(np.int64) + access.offset
         rows = threads.by_warp(at, access.where)[:, : 8 * len(names)]
-        if (rows % 16).any():
-            raise EmulationError(f"{access.where}: an address that is not a multiple of 16")
-        lane = np.arange(_WARP)
-        for matrix, name in enumerate(names):
-            cell = rows[:, 8 * matrix + lane // 4] // 4 + lane % 4
-            threads.set(name, threads.group.shared.view(dtype)[cell].reshape(-1))
+        if (rows % 16).any() or (rows < 0).any() or (rows + 16 > kernel.shared).any():
+            raise EmulationError(f"{access.where}: an address that is not in shared memory, or not aligned")
+        rows = rows + threads.by_warp(threads.group.shared_start[threads.index], access.where)[:, :1]
+        memory = threads.group.shared.view(half)
+        for matrix, (name, source) in enumerate(zip(names, sources, strict=True)):
+            low, high = (rows[:, 8 * matrix + row] // 2 + column for row, column in places)
+            if load:
+                threads.set(name, (memory[high].astype(word) << np.uint32(16) | memory[low]).reshape(-1))
+            else:
+                values = threads.by_warp(source(threads), access.where)
+                memory[low], memory[high] = values.astype(half), (values >> np.uint32(16)).astype(half)
 
     return step
 

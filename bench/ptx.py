@@ -160,12 +160,19 @@ def _funnel(a: Any, b: Any, amount: Any) -> Any:
     return (both << (amount & np.uint32(31)).astype(np.uint64) >> np.uint64(32)).astype(np.uint32)
 
 
+def _signed_field(a: Any, start: Any, length: Any) -> Any:
+    """`bfe.s32`: the sign is that of the field."""
+    above = (np.uint32(32) - length).astype(np.int32)
+    return a.view(np.int32) >> start.astype(np.int32) << above >> above
+
+
 _ON_BITS: dict[str, Compute] = {
     "mov": lambda a: a,
     "selp": lambda a, b, p: np.where(p, a, b),
-    "prmt": _permuted,
-    "shf": _funnel,
-    "bfe": lambda a, start, length: a >> start & (np.uint32(1) << length) - np.uint32(1),
+    "prmt.b32": _permuted,
+    "shf.l.wrap.b32": _funnel,
+    "bfe.u32": lambda a, start, length: a >> start & (np.uint32(1) << length) - np.uint32(1),
+    "bfe.s32": _signed_field,
 }
 _ON_NUMBERS: dict[str, Compute] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "mad": lambda a, b, c: a * b + c, "neg": np.negative,
@@ -193,6 +200,7 @@ def _comparison(kind: str, name: str) -> Compute:
     return compared
 
 
+_MODIFIERS = {"rn", "ftz", "approx", "full", "lo", "wide"}  # others, such as `mul.hi`, mean something else
 _ROUNDED = {"rmi": np.floor, "rpi": np.ceil, "rzi": np.trunc, "rni": np.rint}  # to an integer
 
 
@@ -223,16 +231,17 @@ def _widened(kind: str) -> Compute:
 
 def computation(operation: Sequence[str]) -> Compute:
     """What an instruction without memory or other threads makes of the bits of its sources."""
-    name, kind = operation[0], operation[-1]
-    if name in _ON_BITS:
-        return _ON_BITS[name]
-    if name == "setp":
+    name, kind, whole = operation[0], operation[-1], ".".join(operation)
+    for known in (name, whole):
+        if known in _ON_BITS:
+            return _ON_BITS[known]
+    if name == "setp" and len(operation) == 3:
         return _comparison(kind, operation[1])
-    if name == "cvt":
+    if name == "cvt" and _MODIFIERS.union(_ROUNDED).issuperset(operation[1:-2]):
         return _conversion(operation)
     if name == "abs" and kind in ("f16", "bf16"):
         return lambda a: a & np.uint16(0x7FFF)
-    if kind in TYPES:
+    if kind in TYPES and _MODIFIERS.issuperset(operation[1:-1]):
         if "wide" in operation:
             return _widened(kind)
         if name in ("shl", "shr"):
@@ -240,4 +249,4 @@ def computation(operation: Sequence[str]) -> Compute:
         compute = (np.divide if kind[0] == "f" else _quotient) if name == "div" else _ON_NUMBERS.get(name)
         if compute is not None:
             return lambda *sources: compute(*(_numbers(source, kind) for source in sources))
-    raise UnknownInstructionError(f"does not know {'.'.join(operation)}")
+    raise UnknownInstructionError(f"does not know {whole}")

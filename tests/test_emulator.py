@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastinstance
 from bench.emulator import EmulationError, Launch, Schedule, emulated
-from bench.ptx import computation
+from bench.ptx import UnknownInstructionError, computation
 from bench.scenes import WEIGHTS, balls, noise
 from fastinstance import use_backend
 from fastinstance.testing import assert_close
@@ -100,6 +100,32 @@ def test_counts() -> None:
     assert (launch.name, launch.programs, launch.warps, launch.atomics) == ("shift", 4, 2, 0)
     assert launch.instructions["ld.global.b32"] == 8  # of warps
     assert launch.sectors == {"ld": 8 * 4, "st": 8 * 5}  # 128 bytes a warp, stored across one more boundary
+
+
+@triton.jit
+def transpose(source, target, SIDE: tl.constexpr):
+    place = tl.arange(0, SIDE)
+    grid = place[:, None] * SIDE + place
+    tl.store(target + grid, tl.trans(tl.load(source + grid)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize(("side", "warps"), [(16, 1), (32, 1), (64, 2)])
+def test_through_shared_memory(side: int, warps: int, dtype: torch.dtype) -> None:
+    """Between warps, by matrices or value by value."""
+    source = torch.arange(side**2).to(dtype).view(side, side)
+    target = torch.zeros_like(source)
+    with emulated(Schedule(seed=0)):
+        transpose[(1,)](source, target, SIDE=side, num_warps=warps)
+    assert torch.equal(target, source.T)
+
+
+@pytest.mark.parametrize(
+    "operation", ["mul.hi.u32", "shf.r.wrap.b32", "setp.ne.and.s32", "cvt.sat.u8.s32", "min.NaN.f32"]
+)
+def test_what_it_does_not_know_is_an_error(operation: str) -> None:
+    with pytest.raises(UnknownInstructionError, match=f"does not know {operation}"):
+        computation(operation.split("."))
 
 
 @pytest.mark.parametrize(("name", "expected"), [("lt", [0, 0, 1]), ("ltu", [1, 1, 1]), ("nan", [1, 1, 0])])
