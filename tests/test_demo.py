@@ -23,10 +23,12 @@ COLUMNS = {
     "true_0_0.02_ml", "found_0.02_0.05_ml", "false_1_inf_ml",
 }  # fmt: skip
 
+WARNINGS = "-W", "error", "-W", "ignore:`torch.jit:DeprecationWarning"  # the latter for what MONAI imports
+
 
 def run(*arguments, **options):
     """`python -m fastinstance` with these arguments, with every warning an error."""
-    command = [sys.executable, "-W", "error", "-m", "fastinstance", *map(str, arguments)]
+    command = [sys.executable, *WARNINGS, "-m", "fastinstance", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 

@@ -32,6 +32,7 @@ from fastinstance.study.subjects import StudyError
 from fastinstance.study.workers import Outcome, Stopped, Task, work
 
 ROOT = Path(__file__).parent.parent
+WARNINGS = "-W", "error", "-W", "ignore:`torch.jit:DeprecationWarning"  # the latter for what MONAI imports
 PLAN = """
 name = "tiny"
 seeds = [0]
@@ -127,7 +128,7 @@ def finished(folder, tmp_path_factory):
     plan, out = place / "plan.toml", place / "out"
     plan.write_text(PLAN.format(folder=folder))
     paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    command = [sys.executable, "-W", "error", "-m", "fastinstance", "study", "run", str(plan), "--out", str(out)]
+    command = [sys.executable, *WARNINGS, "-m", "fastinstance", "study", "run", str(plan), "--out", str(out)]
     process = subprocess.Popen(
         [*command, "--jobs", "2", "--quiet"],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
