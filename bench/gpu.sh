@@ -53,14 +53,15 @@ sanitizer() { # name: the small steps under a tool of compute-sanitizer; the fir
 }
 
 rm -f "$out/results.json"
-# The files run side by side, each in its own process: most of their time is Triton's compiler, which takes one core each,
-# and a kernel that hangs, or an illegal access, after which CUDA fails for good, does not hide the other files.
-# Status 5: everything in a file is skipped.
-export python limit=$(($(limit_of tests) - 10))
+# The files run side by side, each in processes of its own, several with pytest-xdist: most of their time is Triton's compiler
+# and the CPU's results, which take one core each, and a kernel that hangs, or an illegal access, after which CUDA fails for
+# good, does not hide the other tests. Status 5: everything in a file is skipped.
+export python limit=$(($(limit_of tests) - 20))
 part tests bash -c 'logs=$(mktemp -d) status=0
+workers=$("$python" -c "import xdist; print(\"-n 4 --dist worksteal\")" 2>/dev/null)
 for name in label engine segments metrics training parallel; do
-  timeout --foreground -s INT -k 5 "$limit" "$python" -m pytest "tests/gpu/test_${name}_gpu.py" -v -p no:cacheprovider \
-    -o filterwarnings= --durations=5 --tb=short >"$logs/$name" 2>&1 &
+  timeout --foreground -s INT -k 15 "$limit" "$python" -m pytest $workers "tests/gpu/test_${name}_gpu.py" -v \
+    -p no:cacheprovider -o filterwarnings= -o faulthandler_timeout=60 --durations=5 --tb=short >"$logs/$name" 2>&1 &
 done
 for job in $(jobs -p); do
   wait "$job"
