@@ -302,7 +302,7 @@ def _step(kernel: _Kernel, one: Instruction) -> Step:
         return makers[name](kernel, one)
     if name == "mov" and "{" in "".join(one.operands):
         return _unpack(one) if one.operands[0].startswith("{") else _pack(one)
-    if "f16x2" in one.operation:
+    if name in ("cvt", "setp") and {"f16x2", "bf16x2"}.intersection(one.operation):
         return _halves(one)
     compute, guard, kind = computation(one.operation), _guard(one), one.operation[-1]
     dtype = kernel.types[one.operands[0]] if name in ("mov", "selp") else _bits(kind)
@@ -354,18 +354,19 @@ def _pack(one: Instruction) -> Step:
 
 
 def _halves(one: Instruction) -> Step:
-    """Two float16 in a register: `cvt.rn.f16x2.f32` makes one, `setp.ge.f16x2` compares them."""
+    """Two numbers of 16 bits in a register: `cvt.rn.f16x2.f32` makes one, `setp.ge.f16x2` compares them."""
     guard, word = _guard(one), np.dtype("u4")
     if one.operation[0] == "cvt":
+        *modes, pair, source = one.operation
         high, low = (_source(text, word) for text in one.operands[1:])
-        to_half = computation(("cvt", "f16", "f32"))
+        to_half = computation((*modes, pair.removesuffix("x2"), source))
 
         def convert(threads: _Threads) -> None:
             upper, lower = (to_half(get(threads)).view(np.uint16).astype(word) for get in (high, low))
             threads.set(one.operands[0], upper << np.uint32(16) | lower, guard(threads))
 
         return convert
-    compare = computation((*one.operation[:-1], "f16"))
+    compare = computation((*one.operation[:-1], one.operation[-1].removesuffix("x2")))
     sources = [_source(text, word) for text in one.operands[2:]]
 
     def step(threads: _Threads) -> None:

@@ -71,6 +71,17 @@ def test_volumes_and_noise() -> None:
         assert_close(gradient, slope, rtol=1e-4, atol=1e-6 * float(slope.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    loss, scene = fastinstance.FalseLoss(sigmoid=True), balls((1, 8, 40), 1, 1, (1, 2))
+    logits = scene.logits.to(dtype)
+    with emulated(), use_backend("triton"):
+        value, gradient = step(loss, logits, scene.target)
+    expected, slope = step(loss, logits, scene.target)
+    assert_close(value, expected, rtol=1e-5)
+    assert_close(gradient, slope, rtol=1e-2, atol=1e-6)
+
+
 def test_a_matrix_at_the_start_of_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a register for its address: in small tiles of float64."""
     monkeypatch.setattr(limits, "DENSE_ROWS", 4)
