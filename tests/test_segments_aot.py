@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from fastinstance_kernels import given, segments
 
 from bench import aot
@@ -19,6 +20,8 @@ KERNELS = [
     segments.segment_coefficients,
     segments.segment_gradient,
 ]
+# Triton 3.6 reads what a tile gathers by columns, and turns it round in shared memory.
+BY_COLUMNS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 
 def test_every_kernel_is_in_the_table() -> None:
@@ -67,7 +70,7 @@ def test_compiled_code(name: str, target: str) -> None:
     code = aot.compile_variant(VARIANTS[name], aot.TARGETS[target])
     resources = (aot.amd_resources if target == "gfx942" else aot.nvidia_resources)(code)
     assert resources["spills"] == 0
-    assert resources["shared bytes"] <= 32
+    assert resources["shared bytes"] <= (2048 if BY_COLUMNS else 32)
     gathers = "add_up" not in name
     assert (resources["atomics"] == 0) == gathers
     if target != "gfx942":
