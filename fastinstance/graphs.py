@@ -21,7 +21,8 @@ def make_graphed(loss: nn.Module, sample_input: Tensor, sample_target: Tensor) -
         sample_target: target likewise.
 
     Returns:
-        `graphed(input, target)`, equal to `loss(input, target)`. Each call overwrites the result of the one before.
+        `graphed(input, target)`, equal to `loss(input, target)`; `loss` itself stays as it is. Each call overwrites the
+        result of the one before.
 
     Raises:
         ValueError: the samples are not on a GPU.
@@ -34,5 +35,10 @@ def make_graphed(loss: nn.Module, sample_input: Tensor, sample_target: Tensor) -
     for name, sample in samples.items():
         if not sample.is_cuda:
             raise ValueError(f"expected {name} on a CUDA device, got {sample.device}; on the CPU call the loss itself")
-    graphed = torch.cuda.make_graphed_callables(loss, (sample_input, sample_target))
+
+    def function(input: Tensor, target: Tensor) -> Tensor:
+        return loss(input, target)
+
+    # Of a module torch would make the graph in its place, and there would be no other way to call it.
+    graphed = torch.cuda.make_graphed_callables(function, (sample_input, sample_target))
     return cast("Callable[[Tensor, Tensor], Tensor]", graphed)

@@ -99,6 +99,22 @@ def test_max_instances_is_checked(wrong: Any) -> None:
         fastinstance.FalseLoss(max_instances=wrong)
 
 
+def test_a_loss_stays_as_it_is_beside_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch is given to replace is not the module."""
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True  # pyright: ignore[reportAssignmentType]
+
+    def graph_of(function: Any, samples: tuple[torch.Tensor, ...]) -> Any:
+        function.forward = None
+        return function
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graph_of)
+    loss, image = fastinstance.FalseLoss(sigmoid=True), torch.rand(1, 1, 4, 4)
+    graphed = fastinstance.make_graphed(loss, image.as_subclass(OnGPU), image.as_subclass(OnGPU))
+    assert torch.equal(graphed(image, image.round()), loss(image, image.round()))
+
+
 def test_graphs_need_a_gpu() -> None:
     image = torch.zeros(1, 1, 4, 4)
     with pytest.raises(ValueError, match=r"expected sample_input on a CUDA device, got cpu"):
