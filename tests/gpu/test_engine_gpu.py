@@ -84,6 +84,7 @@ def check(input: Tensor, target: Tensor, *, function: Callable[..., Any] = insta
     """Equal to the float64 sums of the CPU path."""
     options["sigmoid"] = True
     found = evaluate(function, input, target, **options)
+    options = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in options.items()}
     with fastinstance.use_backend("torch"):
         expected = evaluate(function, input.cpu(), target.cpu(), **options)
     for name, want in expected.items():
