@@ -4,7 +4,7 @@
 # Writes results.json, summary.md, logs and profiler traces to OUT. Installs nothing; a package that is missing leaves out
 # what needs it. Each part is limited in time, and a part that fails does not keep the others from running.
 #   PARTS       which: "tests label gpu table3 training memcheck racecheck" (default: all)
-#   LIMITS      seconds of each of these parts (default "140 40 125 75 65 30 30")
+#   LIMITS      seconds of each of these parts (default "140 40 125 75 65 60 30")
 #   GPU_OPTIONS more options of `python -m bench`, such as --peer instance-loss=PATH
 #   DRY=1       without a GPU: tiny sizes on the CPU, and nothing that needs one
 set -u
@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 dry=${DRY:-}
-read -r -a limits <<<"${LIMITS:-140 40 125 75 65 30 30}"
+read -r -a limits <<<"${LIMITS:-140 40 125 75 65 60 30}"
 names=(tests label gpu table3 training memcheck racecheck)
 status=()
 
@@ -58,9 +58,9 @@ rm -f "$out/results.json"
 # good, does not hide the other tests. Status 5: everything in a file is skipped.
 export python limit=$(($(limit_of tests) - 20))
 part tests bash -c 'logs=$(mktemp -d) status=0
-workers=$("$python" -c "import xdist; print(\"-n 4 --dist worksteal\")" 2>/dev/null)
+workers=$("$python" -c "import os, xdist; print(\"-n\", os.cpu_count() // 4, \"--dist worksteal\")" 2>/dev/null)
 for name in label engine segments metrics training parallel; do
-  timeout --foreground -s INT -k 15 "$limit" "$python" -m pytest $workers "tests/gpu/test_${name}_gpu.py" -v \
+  timeout --foreground -s INT -k 15 "$limit" "$python" -m pytest "tests/gpu/test_${name}_gpu.py" $workers -v \
     -p no:cacheprovider -o filterwarnings= -o faulthandler_timeout=60 --durations=5 --tb=short >"$logs/$name" 2>&1 &
 done
 for job in $(jobs -p); do

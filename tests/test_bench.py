@@ -345,14 +345,17 @@ def test_gpu_sh_without_a_gpu(tmp_path: Path) -> None:
 def test_gpu_sh_gives_each_file_of_tests_a_process(tmp_path: Path) -> None:
     """What breaks the device in one does not hide the others; status 5 is that of a file that is skipped."""
     python, files = tmp_path / "python", sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-    python.write_text('#!/bin/sh\necho "== $3: 1 passed"\ncase $3 in *label*) exit 134;; *training*) exit 5;; esac\n')
+    python.write_text(
+        '#!/bin/sh\n[ "$1" = -c ] && exec printf %s "-n 4"\n'  # pytest-xdist is there
+        'echo "== $3 $4 $5: 1 passed"\ncase $3 in *label*) exit 134;; *training*) exit 5;; esac\n'
+    )
     python.chmod(0o755)
     command = ["bash", str(ROOT / "bench" / "gpu.sh"), str(tmp_path)]
     env = {**os.environ, "DRY": "1", "PARTS": "tests", "PYTHON": str(python)}
     subprocess.run(command, env=env, check=True, capture_output=True)
     summary = (tmp_path / "summary.md").read_text()
     assert "| tests | 134 |" in summary
-    assert sorted(re.findall(r"^== (tests/gpu/\S+): 1 passed$", summary, re.MULTILINE)) == [
+    assert sorted(re.findall(r"^== (tests/gpu/\S+) -n 4: 1 passed$", summary, re.MULTILINE)) == [
         f"tests/gpu/{file.name}" for file in files
     ]
 
