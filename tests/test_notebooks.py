@@ -41,6 +41,7 @@ def test_the_script_runs(script: Path, tmp_path: Path) -> None:
         **os.environ,
         "MPLBACKEND": "Agg",
         "FASTINSTANCE_NOTEBOOKS": "tiny",
+        "PYTHONWARNINGS": "ignore:Warning:UserWarning",  # "Warning: Profiler clears events", of torch 2.11
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
     }
     run = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
