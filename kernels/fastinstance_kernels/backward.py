@@ -357,18 +357,15 @@ def gradient(
         if SIDES == 2:
             predicted = tl.load(masks + other * words + word, mask=y < rows, other=0)
         if any_of((target | predicted) != 0):
-            head = tl.load(heads + plane * words + word, mask=y < rows, other=0)
-            t = instances_at(target, head, word, lane, parents + plane * pixels, block_starts + plane * blocks)
-            q = t * 0
-            if SIDES == 2:
-                head = tl.load(heads + other * words + word, mask=y < rows, other=0)
-                q = instances_at(predicted, head, word, lane, parents + other * pixels, block_starts + other * blocks)
             for side in tl.static_range(SIDES):
-                own = t if side == 0 else q
-                partner = q if side == 0 else t
-                row = first_row(plane, planes, bound, bound_pred, side == 1) + own - 1
-                at = coefficients + row * (2 * K) + tl.where(partner > 0, K, 0)
-                mine = (own > 0) & (own <= (bound if side == 0 else bound_pred))
+                own = target if side == 0 else predicted
+                image = plane if side == 0 else other
+                head = tl.load(heads + image * words + word, mask=y < rows, other=0)
+                ids = instances_at(own, head, word, lane, parents + image * pixels, block_starts + image * blocks)
+                shared = ((predicted if side == 0 else target) >> lane & 1) != 0
+                row = first_row(plane, planes, bound, bound_pred, side == 1) + ids - 1
+                at = coefficients + row * (2 * K) + tl.where(shared, K, 0)
+                mine = (ids > 0) & (ids <= (bound if side == 0 else bound_pred))
                 by_p += tl.load(at, mask=mine, other=0.0)
                 if SOFT and side == 0:
                     peak = peak_index(tl.load(peaks + row, mask=mine, other=-1)) == y * width + x
