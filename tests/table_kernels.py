@@ -9,12 +9,13 @@ from fastinstance_kernels.terms import _may_be_nearer, distance_iou
 
 
 @triton.jit
-def insert_all(slots, keys, n, capacity):
-    """Every key in turn, as one program."""
-    i = 0
-    while i < n:
-        insert(slots, tl.load(keys + i), capacity)
-        i += 1
+def insert_all(slots, keys, n, capacity, BLOCK: tl.constexpr):
+    """Every key, as one program."""
+    first = 0
+    while first < n:
+        i = first + tl.arange(0, BLOCK)
+        insert(slots, tl.load(keys + i, mask=i < n, other=0), capacity, i < n)
+        first += BLOCK
 
 
 @triton.jit

@@ -78,7 +78,7 @@ def test_numbers_are_not_specialised(name: str) -> None:
     (variant, *_) = [variant for variant in VARIANTS.values() if variant.kernel is LAUNCHED[name]]
     numbers = variant.numbers()
     assert numbers
-    wide = {"width"} if name in ("pack", "accumulate", "gradient") else set()
+    wide = {"width"} if name in ("pack", "gradient") else set()
     assert {parameter.name for parameter in numbers if not parameter.do_not_specialize} == wide
 
 

@@ -339,19 +339,19 @@ def forward(
         )  # fmt: skip
         if sides > 0:
             step(
-                accumulate, launch.programs(planes, plan.tiles(launch.TILE_ROWS) * plan.row_words),
+                accumulate, launch.programs(planes, plan.tiles(launch.LANES) * plan.row_words),
                 values, saved.masks, saved.heads, saved.parents, saved.block_starts, saved.counts, saved.sums, box,
-                saved.peaks, slots, flags, plan.scale_v, planes, plan.rows, height, width, plan.row_words,
-                plan.tiles(launch.TILE_ROWS), plan.words * launch.WORD, plan.blocks,
+                saved.peaks, saved.dense, slots, flags, plan.scale_v, planes, plan.rows, height, width, plan.row_words,
+                plan.tiles(launch.LANES), plan.words * launch.WORD, plan.blocks,
                 plan.bound, plan.bound_pred, plan.capacity,
                 LOGITS=request.logits, SQUARED=own.squared, GAMMA=own.gamma, K=k, AXES=plan.axes, SIDES=sides,
-                BOXES=boxes, CENTERS=centers, PAIRS=sides == 2, SOFT=request.soft, ROWS=launch.TILE_ROWS, num_warps=1,
+                BOXES=boxes, CENTERS=centers, PAIRS=sides == 2, SOFT=request.soft, ROWS=launch.LANES, num_warps=1,
             )  # fmt: skip
         groups = plan.groups(4096, launch.cdiv(plan.bound, 64))
         if sides == 2:
             step(
                 link, launch.programs(planes, groups),
-                saved.counts, saved.sums, saved.linked, slots, owners,
+                saved.counts, saved.sums, saved.linked, saved.dense, slots, owners,
                 planes, depth, height, width, plan.bound, plan.bound_pred, plan.capacity, *center_size, groups,
                 K=k, AXES=plan.axes, CENTERS=centers, BLOCK=32, num_warps=1,
             )  # fmt: skip

@@ -20,6 +20,9 @@ TILE_ROWS = 8
 DENSE_ROWS = 16
 """The same of the kernels that go over every pixel's value."""
 
+LANES = 32
+"""Mask words, one above the other, per program of the kernel that goes over the runs in them: a word per lane."""
+
 BLOCK_WORDS = 64
 """Consecutive mask words of a plane per program of the kernels that see words only, and per block of numbers.
 

@@ -36,9 +36,9 @@ from torch import Tensor
 
 from . import launch
 from .engine import Loss, Plan, as_text, fields_of
-from .losses import features, form_slopes, form_value, pointwise_slope, power, slopes
+from .losses import features, form_slopes, form_value, pointwise, pointwise_slope, power, slopes
 from .pack import wide
-from .tables import FIXED_P, NO_PEAK, add_to_row, area_of, areas_of, clear, columns_of, peak_index, peak_key
+from .tables import FIXED_P, LIMIT_P, LIMIT_V, NO_PEAK, area_of, areas_of, clear, fixed, peak_index, peak_key
 from .words import WORD, any_of, image_tile, is_foreground
 
 __all__ = ["PARTS", "Request", "Saved", "backward", "forward", "shapes"]
@@ -124,6 +124,35 @@ def _tile(
 _TILES = ("planes", "rows", "width", "row_words", "row_tiles", "bound", "bound_pred")
 
 
+@triton.jit
+def _columns_of(me, wrong, cost, p, scale_v, SQUARED: tl.constexpr, GAMMA: tl.constexpr, K: tl.constexpr):
+    """What the pixels `me` of a tile add to a row: K features in fixed point and their number; and whether one of
+    these does not fit.
+    """
+    place = tl.arange(0, 8)
+    total, over = fixed(tl.sum(tl.where(me, p, 0.0)), FIXED_P, 256 * LIMIT_P)
+    columns = tl.where(place == 0, total, tl.where(place == K, tl.sum(me.to(tl.int32)), 0).to(tl.int64))
+    if SQUARED:
+        total, above = fixed(tl.sum(tl.where(me, p * p, 0.0)), FIXED_P, 256 * LIMIT_P)
+        columns = tl.where(place == 1, total, columns)
+        over = over | above
+    if GAMMA >= 0:
+        v = pointwise(wrong, cost, GAMMA)
+        total, above = fixed(tl.sum(tl.where(me, v, 0.0)), scale_v, LIMIT_V)
+        columns = tl.where(place == K - 1, total, columns)
+        over = over | above
+    return columns, over
+
+
+@triton.jit
+def _add_to_row(sums, row, shared, columns, K: tl.constexpr):
+    """Add the columns of a tile (features and pixels) to a row."""
+    place = tl.arange(0, 8)
+    at = tl.where(shared | (place == K), K, 0) + place
+    columns = tl.where(shared & (place == K), columns << 32, columns)
+    tl.atomic_add(sums + row * (2 * K + 1) + at, columns, mask=place <= K, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["scale_v", *_TILES], do_not_specialize_on_alignment=["values", "target", "valid"])
 def add_up(
     values, target, valid, segments, others, sums, peaks, flags,
@@ -160,10 +189,10 @@ def add_up(
                 highest = tl.max(tl.where(me, rank, NO_PEAK)) + place * 0
                 tl.atomic_max(peaks + row + place, highest, mask=place == 0, sem="relaxed")
             else:
-                columns, over = columns_of(me, wrong, cost, p, scale_v, SQUARED, GAMMA, K)
+                columns, over = _columns_of(me, wrong, cost, p, scale_v, SQUARED, GAMMA, K)
                 if over:
                     tl.store(flags + plane, 1)
-                add_to_row(sums, None, row, (here & 1) != 0, columns, None, K, 0, False, False)
+                _add_to_row(sums, row, (here & 1) != 0, columns, K)
             key = tl.where(me, -1, key)
             here = tl.max(key)
 

@@ -10,8 +10,9 @@ one *artificial* row 0 there, of no pixel.
     boxes  int32 [rows, 2 axes]  -least and greatest coordinate of each axis
     linked int64 [rows, K]  over the instances of the other side that share a pixel with the row: Σ of
                  their features outside of the target (target rows), or of their pixels (predicted rows, first column)
-    slots  int32 or int64 [planes, capacity]  pairs as keys n M + m: at that place while all N M of them fit, else in a
-                 hash; EMPTY elsewhere. A pair has a pixel of its own, so the hash never fills.
+    slots  int32 or int64 [planes, capacity]  pairs as keys n M + m: at that place if all N M of them fit into a quarter
+                 more than the target has pixels, else in a hash of so many slots; EMPTY elsewhere. A pair has a pixel
+                 of the target of its own, so the hash never fills.
     peaks  int64 [planes, bound]  `peak_key` of the most likely pixel of a target row that the prediction does not have;
                  only of missed instances in the end, NO_PEAK elsewhere
 
@@ -28,7 +29,7 @@ import triton.language as tl
 from .label import start_blocks
 from .losses import features, pointwise
 from .pack import COLUMNS, wide
-from .words import WORD, any_of, image_tile, instances_at
+from .words import WORD, any_of, image_tile, instances_at, lowest_bit
 
 EMPTY = tl.constexpr(-1)
 NOWHERE = tl.constexpr(-(2**30))
@@ -40,9 +41,13 @@ UNDRAWN = tl.constexpr(2**31 - 1)
 """Owner of a pixel that no centre box covers."""
 FIXED_P = tl.constexpr(2.0**32)
 """Unit of Σ p and Σ p²: 2^31 pixels fit."""
-LIMIT_P = tl.constexpr(512.0)
+FEW_PAIRS = tl.constexpr(1024)
+"""Of so many instances that may share a pixel there is a place for each pair, however small the target is."""
+LARGE = tl.constexpr(8 * WORD)
+"""Pixels in runs of one pair that are added up before they go to a table: else one large instance gets all atomics."""
+LIMIT_P = tl.constexpr(2.0)
 LIMIT_V = tl.constexpr(2.0**26)
-"""Sums of one tile of 256 pixels beyond these make the terms NaN: p is no probability, or v overflows."""
+"""Sums of a run of pixels beyond these, LIMIT_P for each, make the terms NaN: p is no probability, or v overflows."""
 
 
 @triton.jit
@@ -115,22 +120,41 @@ def hash_of(key, capacity):
 
 
 @triton.jit
-def insert(slots, key, capacity):
-    """Put a key into an open hash; ends, since there are more slots than keys."""
+def insert(slots, key, capacity, mask):
+    """Put some keys into an open hash; ends, since there are more slots than keys.
+
+    The greater of two keys that meet gets the slot, the other one goes on: a key never passes a smaller one, so none
+    is there twice.
+    """
     at = hash_of(key, capacity)
-    empty = tl.full([], EMPTY, slots.dtype.element_ty)
     entry = key.to(slots.dtype.element_ty)
-    searching = True
-    while searching:
-        old = tl.atomic_cas(slots + at, empty, entry, sem="relaxed")
-        searching = (old != empty) & (old != entry)
+    searching = mask
+    while any_of(searching):
+        old = tl.atomic_max(slots + at, entry, mask=searching, sem="relaxed")
+        searching = searching & (old != EMPTY) & (old != entry)
+        entry = tl.minimum(entry, old)
         at = tl.where(at + 1 == capacity, 0, at + 1)
 
 
 @triton.jit
-def slots_used(n, m, capacity):
-    """How many slots of a plane there are to visit."""
-    return tl.minimum(tl.maximum(n, 1).to(tl.int64) * tl.maximum(m, 1), capacity)
+def pairs_of(n, m):
+    """Pairs of rows of a plane, artificial ones included."""
+    return tl.maximum(n, 1).to(tl.int64) * tl.maximum(m, 1)
+
+
+@triton.jit
+def hash_slots(target_pixels, capacity):
+    """Slots of a plane for pairs that are hashed, which they are if there may be more of them."""
+    pixels = target_pixels.to(tl.int64)
+    return tl.minimum(tl.maximum(pixels + pixels // 4, FEW_PAIRS), capacity)
+
+
+@triton.jit
+def slots_used(dense, n, m, capacity):
+    """How many slots of a plane there are to visit; `dense` points at the sums of the plane."""
+    pairs = pairs_of(n, m)
+    hashed = hash_slots(tl.load(dense + 2), capacity)
+    return tl.where((n > 0) & (m > 0), tl.minimum(pairs, hashed), pairs)
 
 
 @triton.jit
@@ -236,142 +260,186 @@ def prepare(
                 box = tl.where(corner % 2 == 0, 1 - size // 2, size // 2 + 1)
                 tl.store(boxes + row * (2 * AXES) + corner, box, mask=corner < 2 * AXES)
     if PAIRS and (n > 0) & (m > 0):
-        used = slots_used(tl.minimum(n, bound), tl.minimum(m, bound_pred), capacity)
+        used = tl.minimum(pairs_of(tl.minimum(n, bound), tl.minimum(m, bound_pred)), capacity)
+        if used > tiles.to(tl.int64) * groups:  # to clear all of them takes longer than to count the target's pixels
+            pixels = tl.zeros([BLOCK], tl.int32)
+            first = 0
+            while first < tiles:
+                tile = first + tl.arange(0, BLOCK)
+                at = (plane * tiles + tile) * COLUMNS + 2
+                pixels += tl.load(partial + at, mask=tile < tiles, other=0.0).to(tl.int32)
+                first += BLOCK
+            used = tl.minimum(used, hash_slots(tl.sum(pixels), capacity))
         clear(slots + plane * capacity, used, EMPTY, group, groups, BLOCK)
 
 
 @triton.jit
-def _fixed(total, scale, limit):
+def fixed(total, scale, limit):
     """A sum in fixed point; beyond the limit (or not a number) 0, and True."""
     over = ~((total <= limit) & (total >= -limit))
     return (tl.where(over, 0.0, total).to(tl.float64) * scale + 0.5).to(tl.int64), over
 
 
-@triton.jit
-def columns_of(me, wrong, cost, p, scale_v, SQUARED: tl.constexpr, GAMMA: tl.constexpr, K: tl.constexpr):
-    """What the pixels `me` of a tile add to a row: K features in fixed point and their number; and whether one of
-    these does not fit.
-    """
-    place = tl.arange(0, 8)
-    total, over = _fixed(tl.sum(tl.where(me, p, 0.0)), FIXED_P, LIMIT_P)
-    columns = tl.where(place == 0, total, tl.where(place == K, tl.sum(me.to(tl.int32)), 0).to(tl.int64))
-    if SQUARED:
-        total, above = _fixed(tl.sum(tl.where(me, p * p, 0.0)), FIXED_P, LIMIT_P)
-        columns = tl.where(place == 1, total, columns)
-        over = over | above
-    if GAMMA >= 0:
-        v = pointwise(wrong, cost, GAMMA)
-        total, above = _fixed(tl.sum(tl.where(me, v, 0.0)), scale_v, LIMIT_V)
-        columns = tl.where(place == K - 1, total, columns)
-        over = over | above
-    return columns, over
-
-
 @triton.jit(
     do_not_specialize=[
-        "scale_v", "planes", "rows", "height", "row_words", "row_tiles", "pixels", "blocks", "bound", "bound_pred",
-        "capacity",
+        "scale_v", "planes", "rows", "height", "width", "row_words", "row_tiles", "pixels", "blocks", "bound",
+        "bound_pred", "capacity",
     ],
+    do_not_specialize_on_alignment=["values"],
 )  # fmt: skip
 def accumulate(
-    values, masks, heads, parents, block_starts, counts, sums, boxes, peaks, slots, flags,
+    values, masks, heads, parents, block_starts, counts, sums, boxes, peaks, dense, slots, flags,
     scale_v, planes, rows, height, width, row_words, row_tiles, pixels, blocks, bound, bound_pred, capacity,
     LOGITS: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr, K: tl.constexpr, AXES: tl.constexpr,
     SIDES: tl.constexpr, BOXES: tl.constexpr, CENTERS: tl.constexpr, PAIRS: tl.constexpr, SOFT: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One [ROWS, WORD] tile: a turn for every pair (t, q) of ids in it, 0 included.
-
-    All sums of a row are updated in one instruction, as is its box.
-    """
+    """One mask word per lane, one above the other: a turn for each run of pixels of one pair (t, q), 0 included."""
     plane, _, y, column = image_tile(1, row_words, row_tiles, ROWS)
-    lane = tl.arange(0, WORD)[None, :]
-    x = column * WORD + lane
     word = y * row_words + column
     words = rows.to(tl.int64) * row_words
-    in_plane = y < rows
-    target = tl.load(masks + plane * words + word, mask=in_plane, other=0)
-    either = target
-    predicted = target & 0
     other = planes.to(tl.int64) + plane
+    target = tl.load(masks + plane * words + word, mask=y < rows, other=0)
+    predicted = target & 0
     if SIDES == 2:
-        predicted = tl.load(masks + other * words + word, mask=in_plane, other=0)
-        either = target | predicted
-    if any_of(either != 0):
-        positive = (target >> lane & 1) != 0
-        head = tl.load(heads + plane * words + word, mask=in_plane, other=0)
-        t = instances_at(target, head, word, lane, parents + plane * pixels, block_starts + plane * blocks)
-        n = tl.load(counts + plane)
-        m = 0
-        key = t.to(tl.int64) << 32
+        predicted = tl.load(masks + other * words + word, mask=y < rows, other=0)
+    pending = target | predicted
+    if any_of(pending != 0):
+        target_heads = tl.load(heads + plane * words + word, mask=y < rows, other=0)
+        ends = ~pending | target_heads | (target ^ (target << 1))
         if SIDES == 2:
-            head = tl.load(heads + other * words + word, mask=in_plane, other=0)
-            q = instances_at(predicted, head, word, lane, parents + other * pixels, block_starts + other * blocks)
-            key = key | q
-            m = tl.load(counts + other)
+            predicted_heads = tl.load(heads + other * words + word, mask=y < rows, other=0)
+            ends = ends | predicted_heads | (predicted ^ (predicted << 1))
+        n, m = counts_of(counts, plane, planes, bound, bound_pred, SIDES)
+        # Ends: each turn takes a run off `pending`.
+        while any_of(pending != 0):
+            first = lowest_bit(pending)
+            after = ends & (-2 << first)
+            length = tl.where(pending != 0, tl.where(after != 0, lowest_bit(after), WORD) - first, 0)
+            t = instances_at(
+                target & pending, target_heads, word, first, parents + plane * pixels, block_starts + plane * blocks
+            )
+            q = t * 0
+            if SIDES == 2:
+                q = instances_at(
+                    predicted & pending, predicted_heads, word, first,
+                    parents + other * pixels, block_starts + other * blocks,
+                )  # fmt: skip
+            pending = pending & -(after & -after)
 
-        seen = key > 0
-        value = wide(tl.load(values + plane * rows * width + y * width + x, mask=seen, other=0.0))
-        wrong, cost, p = features(value, positive, LOGITS)
-        if SOFT:
-            rank = peak_key(value, y * width + x)
-        here = tl.max(key)
-        while here > 0:
-            kt = (here >> 32).to(tl.int32)
-            kq = (here & 0x7FFFFFFF).to(tl.int32)
-            me = key == here
-            place = tl.arange(0, 8)
-            columns, over = columns_of(me, wrong, cost, p, scale_v, SQUARED, GAMMA, K)
-            box = tl.full([8], NOWHERE, tl.int32)
-            for axis in tl.static_range(AXES):
-                at = x if axis == AXES - 1 else y if AXES == 2 else y % height if axis == 1 else y // height
-                if CENTERS:
-                    columns = tl.where(place == K + 1 + axis, tl.sum(tl.where(me, at, 0)).to(tl.int64), columns)
-                if BOXES:
-                    box = tl.where(place == 2 * axis, tl.max(tl.where(me, -at, NOWHERE)), box)
-                    box = tl.where(place == 2 * axis + 1, tl.max(tl.where(me, at, NOWHERE)), box)
-            if (kt > bound) | (kq > bound_pred) | over:
+            positive = (target >> first & 1) != 0
+            x = column * WORD + first
+            p_sum = wide(tl.zeros([ROWS, 1], values.dtype.element_ty))
+            power_sum = p_sum
+            v_sum = p_sum
+            peak = tl.full([ROWS, 1], NO_PEAK, tl.int64)
+            step = 0
+            longest = tl.max(length)
+            while step < longest:
+                here = step < length
+                value = wide(tl.load(values + plane * rows * width + y * width + x + step, mask=here, other=0.0))
+                wrong, cost, p = features(value, positive, LOGITS)
+                p_sum += tl.where(here, p, 0.0)
+                if SQUARED:
+                    power_sum += tl.where(here, p * p, 0.0)
+                if GAMMA >= 0:
+                    v_sum += tl.where(here, pointwise(wrong, cost, GAMMA), 0.0)
+                if SOFT:
+                    peak = tl.maximum(peak, tl.where(here, peak_key(value, y * width + x + step), NO_PEAK))
+                step += 1
+
+            limit = length * LIMIT_P
+            p_fixed, over = fixed(p_sum, FIXED_P, limit)
+            power_fixed = p_fixed
+            v_fixed = p_fixed
+            if SQUARED:
+                power_fixed, above = fixed(power_sum, FIXED_P, limit)
+                over = over | above
+            if GAMMA >= 0:
+                v_fixed, above = fixed(v_sum, scale_v, LIMIT_V)
+                over = over | above
+            if any_of((t > bound) | (q > bound_pred) | over):
                 tl.store(flags + plane, 1)
-            if (kt > 0) & (kt <= bound):
-                row = first_row(plane, planes, bound, bound_pred, False) + kt - 1
-                add_to_row(sums, boxes, row, kq > 0, columns, box, K, AXES, BOXES, CENTERS)
-                if SOFT and kq == 0:
-                    highest = tl.max(tl.where(me, rank, NO_PEAK)) + place * 0
-                    tl.atomic_max(peaks + row + place, highest, mask=place == 0, sem="relaxed")
-            if (kq > 0) & (kq <= bound_pred):
-                row = first_row(plane, planes, bound, bound_pred, True) + kq - 1
-                add_to_row(sums, boxes, row, kt > 0, columns, box, K, AXES, BOXES, CENTERS)
-                if PAIRS and (kt > 0) & (kt <= bound):
-                    _insert_pair(
-                        slots + plane * capacity, kt, kq, tl.minimum(n, bound), tl.minimum(m, bound_pred), capacity
-                    )
-            key = tl.where(me, 0, key)
-            here = tl.max(key)
+
+            row_t = first_row(plane, planes, bound, bound_pred, False) + t - 1
+            row_q = first_row(plane, planes, bound, bound_pred, True) + q - 1
+            busy = length > 0
+            together = tl.sum(length) >= LARGE
+            chosen = busy
+            if together:
+                together = _alike(t, busy) & _alike(q, busy)
+                if together:
+                    chosen = y == tl.min(tl.where(busy, y, LAST))
+            of_t = (t > 0) & (t <= bound)
+            of_q = (q > 0) & (q <= bound_pred)
+            _add_runs(
+                sums, boxes, row_t, of_t & chosen, together, q > 0, p_fixed, power_fixed, v_fixed, length, x, y,
+                height, K, AXES, SQUARED, GAMMA, BOXES, CENTERS,
+            )  # fmt: skip
+            if SOFT:
+                tl.atomic_max(peaks + row_t, peak, mask=of_t & (q == 0), sem="relaxed")
+            if SIDES == 2:
+                _add_runs(
+                    sums, boxes, row_q, of_q & chosen, together, t > 0, p_fixed, power_fixed, v_fixed, length, x, y,
+                    height, K, AXES, SQUARED, GAMMA, BOXES, CENTERS,
+                )  # fmt: skip
+            if PAIRS and any_of(of_t & of_q):
+                key = (t - 1).to(tl.int64) * m + q - 1
+                used = slots_used(dense + plane * COLUMNS, n, m, capacity)
+                if used == pairs_of(n, m):
+                    tl.store(slots + plane * capacity + key, key, mask=of_t & of_q)
+                else:
+                    insert(slots + plane * capacity, key, used, of_t & of_q)
 
 
 @triton.jit
-def add_to_row(
-    sums, boxes, row, shared, columns, box,
-    K: tl.constexpr, AXES: tl.constexpr, BOXES: tl.constexpr, CENTERS: tl.constexpr,
+def _alike(ids, busy):
+    """Whether the ids of all busy lanes are the same."""
+    largest = tl.max(tl.where(busy, ids, 0))
+    return tl.min(tl.where(busy, ids, largest)) == largest
+
+
+@triton.jit
+def _add(pointer, value, mask, together):
+    """Add values to sums, TOGETHER those of all lanes in one."""
+    if together:
+        value = tl.sum(value) + value * 0
+    tl.atomic_add(pointer, value, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _raise(pointer, value, busy, mask, together):
+    """Raise maxima to values, likewise."""
+    if together:
+        value = tl.max(tl.where(busy, value, NOWHERE)) + value * 0
+    tl.atomic_max(pointer, value, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _add_runs(
+    sums, boxes, row, mask, together, shared, p, power, v, length, x, y, height,
+    K: tl.constexpr, AXES: tl.constexpr, SQUARED: tl.constexpr, GAMMA: tl.constexpr, BOXES: tl.constexpr,
+    CENTERS: tl.constexpr,
 ):  # fmt: skip
-    """Add the columns of a tile (features, pixels, coordinates) to a row, and widen its box."""
-    place = tl.arange(0, 8)
-    at = tl.where(shared | (place >= K), K, 0) + place
-    columns = tl.where(shared & (place == K), columns << 32, columns)
-    used = K + 1 + (AXES if CENTERS else 0)
-    tl.atomic_add(sums + row * (2 * K + 1 + AXES) + at, columns, mask=place < used, sem="relaxed")
-    if BOXES:
-        tl.atomic_max(boxes + row * (2 * AXES) + place, box, mask=place < 2 * AXES, sem="relaxed")
-
-
-@triton.jit
-def _insert_pair(slots, kt, kq, n, m, capacity):
-    """Remember that instances with ids kt and kq share a pixel."""
-    key = (kt - 1).to(tl.int64) * m + kq - 1
-    if n.to(tl.int64) * m <= capacity:
-        tl.store(slots + key, key)
-    else:
-        insert(slots, key, capacity)
+    """Add runs of pixels from (y, x) on to their rows: features, number, coordinates and boxes."""
+    to = sums + row * (2 * K + 1 + AXES)
+    half = to + tl.where(shared, K, 0)
+    _add(half, p, mask, together)
+    if SQUARED:
+        _add(half + 1, power, mask, together)
+    if GAMMA >= 0:
+        _add(half + K - 1, v, mask, together)
+    number = length.to(tl.int64)
+    _add(to + 2 * K, tl.where(shared, number << 32, number), mask, together)
+    for axis in tl.static_range(AXES):
+        low = x if axis == AXES - 1 else y if AXES == 2 else y % height if axis == 1 else y // height
+        high = low + length - 1 if axis == AXES - 1 else low
+        if CENTERS:
+            _add(to + 2 * K + 1 + axis, ((low + high) * number) >> 1, mask, together)
+        if BOXES:
+            box = boxes + row * (2 * AXES) + 2 * axis
+            _raise(box, -low, length > 0, mask, together)
+            _raise(box + 1, high, length > 0, mask, together)
 
 
 @triton.jit(
@@ -390,7 +458,7 @@ def _insert_pair(slots, kt, kq, n, m, capacity):
     ]
 )
 def link(
-    counts, sums, linked, slots, owners,
+    counts, sums, linked, dense, slots, owners,
     planes, depth, height, width, bound, bound_pred, capacity, size_z, size_y, size_x, groups,
     K: tl.constexpr, AXES: tl.constexpr, CENTERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -400,7 +468,7 @@ def link(
     group = program % groups
     n, m = counts_of(counts, plane, planes, bound, bound_pred, 2)
     W: tl.constexpr = 2 * K + 1 + AXES
-    used = slots_used(n, m, capacity)
+    used = slots_used(dense + plane * COLUMNS, n, m, capacity)
     first = group.to(tl.int64) * BLOCK
     while first < used:
         at = first + tl.arange(0, BLOCK)

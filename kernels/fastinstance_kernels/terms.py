@@ -432,7 +432,7 @@ def gather(
     tl.store(parts + program.to(tl.int64) * PARTS + tl.arange(0, PARTS), columns)
 
     if BACK > 0:
-        used = slots_used(n, m, capacity)
+        used = slots_used(dense + plane * COLUMNS, n, m, capacity)
         first_slot = group.to(tl.int64) * BLOCK
         while first_slot < used:
             at = first_slot + tl.arange(0, BLOCK)

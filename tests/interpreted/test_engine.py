@@ -267,6 +267,27 @@ def test_more_pairs_than_places(relation: str) -> None:
     check(*of_masks(predicted[None], target[None]), sigmoid=True, connectivity=4, instance_loss="gdf")
 
 
+@pytest.mark.parametrize("relation", ["equal", "shifted", "no target"])
+def test_more_pairs_than_pixels(relation: str) -> None:
+    """More possible pairs than the target has pixels, so that few slots are used; without a target, all of them."""
+    target = torch.zeros(66, 64, dtype=torch.bool)
+    target[1::8, 1::8] = True
+    predicted = target if relation == "equal" else target.roll(1, 0)
+    if relation == "no target":
+        predicted = pattern("specks", (66, 64))
+        target = torch.zeros_like(target)
+    check(*of_masks(predicted[None], target[None]), sigmoid=True, instance_loss="gdf")
+
+
+@pytest.mark.parametrize("shape", [(40, 70), (3, 24, 40)])
+def test_large_instances(shape: tuple[int, ...]) -> None:
+    """Tiles in which all runs are of one pair."""
+    target, predicted = torch.zeros(2, 2, *shape, dtype=torch.bool)
+    target[..., 1:, 2:39] = True
+    predicted[0, ..., :22, 5:37] = True
+    check(*of_masks(predicted, target), sigmoid=True, missed="soft", instance_loss="dicece")
+
+
 @pytest.mark.parametrize(("shape", "connectivity"), [((60, 32), 4), ((24, 6, 16), 6)])
 def test_boxes_that_are_out_of_reach(shape: tuple[int, ...], connectivity: int) -> None:
     """More boxes than a block has, those of the target near the first row, the others near the last."""
@@ -300,7 +321,7 @@ def test_hash(seed: int) -> None:
     capacity = 64
     keys = torch.randint(2**40, (2 * capacity // 3,), generator=torch.Generator().manual_seed(seed))
     slots = torch.full((capacity,), -1)
-    insert_all[(1,)](slots, keys.repeat(2), 2 * len(keys), capacity)
+    insert_all[(1,)](slots, keys.repeat(2), 2 * len(keys), capacity, BLOCK=8)
     assert slots[slots >= 0].sort().values.tolist() == keys.sort().values.tolist()
 
 
