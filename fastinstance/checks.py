@@ -117,7 +117,8 @@ def check_connectivity(connectivity: int | None, axes: int | None = None) -> int
     several = CONNECTIVITIES if axes is None else {axes: CONNECTIVITIES[axes]}
     if connectivity is None:
         return several[min(several)][-1]
-    if not isinstance(connectivity, int | np.integer) or not any(connectivity in known for known in several.values()):
+    fits = isinstance(connectivity, int | np.integer) and any(connectivity in choices for choices in several.values())
+    if not fits:
         known = ", ".join(f"in {choices} for {axes}D images" for axes, choices in several.items())
         raise ValueError(f"expected connectivity {known}, or None for full connectivity, got {connectivity!r}")
     return int(connectivity)

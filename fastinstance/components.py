@@ -49,7 +49,7 @@ def components_at(mask: Tensor, pixels: Tensor, connectivity: int) -> tuple[Tens
         return _components_at(mask, pixels, connectivity)
     labels, counts = label_planes(mask, None, connectivity, 0)
     counts = counts.long()
-    label = labels.view(-1).index_select(0, pixels).long()
+    label = labels.view(-1).index_select(0, pixels)
     before = (counts.cumsum(0) - counts)[pixels // math.prod(mask.shape[1:])]
     return torch.where(label > 0, label + before, 0).int(), counts
 

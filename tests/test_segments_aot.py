@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from fastinstance_kernels import given, segments
 
 from bench import aot
+from tests.test_regions_aot import BY_COLUMNS
 
 VARIANTS = {variant.name: variant for variant in aot.segment_variants()}
 KERNELS = [
@@ -20,8 +20,6 @@ KERNELS = [
     segments.segment_coefficients,
     segments.segment_gradient,
 ]
-# Triton 3.6 reads what a tile gathers by columns, and turns it round in shared memory.
-BY_COLUMNS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 
 def test_every_kernel_is_in_the_table() -> None:

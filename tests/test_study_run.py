@@ -30,9 +30,9 @@ from fastinstance.study.plan import Cell, read_plan
 from fastinstance.study.results import read_results
 from fastinstance.study.subjects import StudyError
 from fastinstance.study.workers import Outcome, Stopped, Task, work
+from tests.test_demo import WARNINGS
 
 ROOT = Path(__file__).parent.parent
-WARNINGS = "-W", "error", "-W", "ignore:`torch.jit:DeprecationWarning"  # the latter for what MONAI imports
 PLAN = """
 name = "tiny"
 seeds = [0]
